@@ -1,0 +1,51 @@
+"""SANA-Sprint: text to pictures in 1 to 4 network evaluations.
+
+Importing the package loads neither torch nor transformers: each public name is imported from its module when it
+is first used, so that `sana-sprint --help` answers at once.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sana_sprint.models.autoencoder import AutoencoderDC
+    from sana_sprint.models.text_encoder import PromptEncoder
+    from sana_sprint.models.transformer import SanaTransformer2DModel
+    from sana_sprint.pipelines.text_to_image import SanaSprintOutput, SanaSprintPipeline
+    from sana_sprint.sampling import SCMScheduler
+    from sana_sprint.weights import WeightsError
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AutoencoderDC",
+    "PromptEncoder",
+    "SCMScheduler",
+    "SanaSprintOutput",
+    "SanaSprintPipeline",
+    "SanaTransformer2DModel",
+    "WeightsError",
+    "__version__",
+]
+
+_HOME = {
+    "AutoencoderDC": "models.autoencoder",
+    "PromptEncoder": "models.text_encoder",
+    "SCMScheduler": "sampling",
+    "SanaSprintOutput": "pipelines.text_to_image",
+    "SanaSprintPipeline": "pipelines.text_to_image",
+    "SanaTransformer2DModel": "models.transformer",
+    "WeightsError": "weights",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value  # the next access does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
