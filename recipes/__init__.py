@@ -1,0 +1,1 @@
+"""Training recipes that need no download."""

@@ -1,0 +1,1 @@
+"""The emoji world: captioned scenes of Noto Color Emoji, the small model's training stages, and its judge."""

@@ -1,0 +1,210 @@
+"""Captioned emoji scenes: what is in a picture, how a caption says it, and the picture itself.
+
+Six tasks, GenEval's in small: one object, two objects, counting, colours, position and colour attribution.
+Everything is a pure function of an integer seed, so data set position i is the same scene on every machine.
+A fixed tenth of all combinations (`is_held_out`) never appears in the training split: those judge the model.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from recipes.emoji import vocabulary as words
+
+SIZE = 128  # pixels, both sides
+FONT_PATH = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
+TASKS = ("single", "two", "counting", "color", "position", "attribution")
+RELATIONS = ("left of", "right of", "above", "below")
+# How a caption may say each relation.
+_RELATION_WORDS = {
+    "left of": ("left of", "to the left of"),
+    "right of": ("right of", "to the right of"),
+    "above": ("above", "on top of"),
+    "below": ("below", "under"),
+}
+_LEFT_RIGHT = ((32, 64), (96, 64))
+_ABOVE_BELOW = ((64, 32), (64, 96))
+_LAYOUTS = {
+    1: ((64, 64),),
+    2: _LEFT_RIGHT,
+    3: ((64, 32), (32, 96), (96, 96)),
+    4: ((32, 32), (96, 32), (32, 96), (96, 96)),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """One object: its kind, its centre and side length in pixels."""
+
+    kind: str
+    x: float
+    y: float
+    size: float
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """What a picture shows. `background` None in the caption's words means: any; `background` is what is drawn."""
+
+    task: str
+    objects: tuple[Placed, ...]
+    background: str
+    names_background: bool
+    relation: str | None
+    caption: str
+
+
+def is_held_out(*parts: object) -> bool:
+    """Whether a combination (such as ("cat", "left of", "dog")) is kept out of training: one in ten is."""
+    return zlib.crc32("|".join(map(str, parts)).encode()) % 10 == 0
+
+
+def sample_scene(seed: int, *, held_out: bool = False, task: str | None = None) -> Scene:
+    """Draws the scene with number `seed`.
+
+    Args:
+        seed: any integer; equal seeds give equal scenes.
+        held_out: draw only combinations that training never sees (True) or only the others (False).
+        task: one of `TASKS`; None draws one.
+    """
+    rng = random.Random(f"scene-{seed}-{held_out}-{task}")
+    # Two-object tasks have the most to learn, so they come up more often.
+    chosen = task or rng.choices(TASKS, weights=(20, 22, 20, 8, 20, 10))[0]
+    while True:
+        kinds, count, relation = _draw_content(chosen, rng)
+        background = rng.choice([b for b in words.BACKGROUNDS if not any(words.clashes(k, b) for k in kinds)])
+        names_background = rng.random() < 0.6
+        # A single thing's combination is with its background, which its caption then names.
+        if chosen in ("single", "color"):
+            names_background = names_background or held_out
+            key: tuple[object, ...] = (*kinds, background)
+        elif chosen == "counting":
+            key = (*kinds, count)
+        else:
+            key = (kinds[0], relation, kinds[1]) if relation else tuple(sorted(kinds))
+        if is_held_out(*key) == held_out:
+            break
+    objects = _place(kinds, count, relation, rng)
+    caption = _caption(kinds, count, relation, background if names_background else None, rng)
+    return Scene(chosen, objects, background, names_background, relation, caption)
+
+
+def render(scene: Scene) -> Image.Image:
+    """Draws the scene as an RGB picture of `SIZE` x `SIZE` pixels."""
+    canvas = Image.new("RGB", (SIZE, SIZE), words.BACKGROUNDS[scene.background])
+    for placed in scene.objects:
+        sprite = artwork(placed.kind, round(placed.size))
+        corner = (round(placed.x - sprite.width / 2), round(placed.y - sprite.height / 2))
+        canvas.paste(sprite, corner, sprite)
+    return canvas
+
+
+@lru_cache(maxsize=8192)
+def artwork(kind: str, size: int) -> Image.Image:
+    """The kind's artwork as RGBA, its longer side `size` pixels."""
+    original = _glyph(kind)
+    scale = size / max(original.size)
+    shape = (max(1, round(original.width * scale)), max(1, round(original.height * scale)))
+    return original.resize(shape, Image.Resampling.LANCZOS)
+
+
+def crowded(seed: int) -> Image.Image:
+    """A picture for the autoencoder alone: several objects at random places and sizes, overlaps allowed.
+
+    Object pixels are the hard ones, and ordinary scenes have few of them.
+    """
+    rng = random.Random(f"crowd-{seed}")
+    canvas = Image.new("RGB", (SIZE, SIZE), rng.choice(list(words.BACKGROUNDS.values())))
+    for x, y in _LAYOUTS[4]:
+        sprite = artwork(rng.choice(list(words.KINDS)), rng.randint(46, 90))
+        corner = (round(x + rng.uniform(-12, 12) - sprite.width / 2), round(y + rng.uniform(-12, 12) - sprite.height / 2))
+        canvas.paste(sprite, corner, sprite)
+    return canvas
+
+
+@lru_cache(maxsize=1)
+def _font() -> ImageFont.FreeTypeFont:
+    if not FONT_PATH.is_file():
+        raise FileNotFoundError(f"{FONT_PATH} is missing; hint: apt-get install fonts-noto-color-emoji")
+    return ImageFont.truetype(str(FONT_PATH), 109)  # the one size that its bitmaps have
+
+
+@lru_cache(maxsize=None)
+def _glyph(kind: str) -> Image.Image:
+    canvas = Image.new("RGBA", (180, 180), (0, 0, 0, 0))
+    ImageDraw.Draw(canvas).text((20, 20), words.KINDS[kind], font=_font(), embedded_color=True)
+    box = canvas.getchannel("A").getbbox()
+    if box is None:
+        raise ValueError(f"the font at {FONT_PATH} has no artwork for {kind!r}")
+    return canvas.crop(box)
+
+
+def _draw_content(task: str, rng: random.Random) -> tuple[list[str], int, str | None]:
+    """(kinds, count, relation) for a task; count is the number of objects drawn."""
+    every, shapes = list(words.KINDS), list(words.SHAPES)
+    if task == "single":
+        return [rng.choice(list(words.OBJECTS))], 1, None
+    if task == "color":
+        return [rng.choice(shapes)], 1, None
+    if task == "counting":
+        return [rng.choice(every)], rng.choice((2, 3, 4)), None
+    if task == "attribution":
+        return _differently_colored(rng), 2, None
+    return rng.sample(every, 2), 2, rng.choice(RELATIONS) if task == "position" else None
+
+
+def _differently_colored(rng: random.Random) -> list[str]:
+    first, second = rng.sample(words.SHAPE_COLORS, 2)
+    return [f"{color} {rng.choice(('heart', 'circle', 'square'))}" for color in (first, second)]
+
+
+def _place(kinds: list[str], count: int, relation: str | None, rng: random.Random) -> tuple[Placed, ...]:
+    if relation in ("above", "below"):
+        spots = _ABOVE_BELOW
+    else:
+        spots = _LAYOUTS[count]
+    names = kinds * count if len(kinds) == 1 else list(kinds)
+    if relation in ("right of", "below") or (relation is None and rng.random() < 0.5):
+        names.reverse()
+    size, jitter = (rng.uniform(80, 92), 5) if count == 1 else (rng.uniform(50, 57), 3)
+    return tuple(
+        Placed(name, x + rng.uniform(-jitter, jitter), y + rng.uniform(-jitter, jitter), size)
+        for name, (x, y) in zip(names, spots, strict=True)
+    )
+
+
+def _caption(kinds: list[str], count: int, relation: str | None, background: str | None, rng: random.Random) -> str:
+    nouns = [rng.choice((kind, kind, *words.SYNONYMS.get(kind, ()))) for kind in kinds]
+    if len(nouns) == 1:
+        noun = nouns[0]
+        subject = words.with_article(noun) if count == 1 else f"{words.NUMBERS[count]} {words.plural(noun)}"
+        if count == 1 and rng.random() < 0.15:
+            subject = f"one {noun}"
+    else:
+        first, second = map(words.with_article, nouns)
+        subject = f"{first} {rng.choice(_RELATION_WORDS[relation]) if relation else 'and'} {second}"
+    subject = rng.choice(("", "", "a photo of ", "a picture of ")) + subject
+    if background is None:
+        return subject
+    form = rng.random()
+    if form < 0.8:
+        return f"{subject} on a {background} background".replace("a orange b", "an orange b")
+    return f"{background} background, {subject}"
+
+
+def training_picture(index: int) -> np.ndarray:
+    """Autoencoder sample `index`: every other one crowded. uint8 (SIZE, SIZE, 3)."""
+    return np.asarray(crowded(index) if index % 2 else render(sample_scene(index)))
+
+
+def training_scene(index: int) -> tuple[np.ndarray, str]:
+    """Text-to-picture sample `index`: (uint8 (SIZE, SIZE, 3), caption), from the training split."""
+    scene = sample_scene(index)
+    return np.asarray(render(scene)), scene.caption
