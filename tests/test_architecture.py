@@ -1,0 +1,213 @@
+"""The rules that keep the code small and one-directional, checked on the source text."""
+
+import ast
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sana_sprint
+
+ROOT = Path(__file__).resolve().parents[1]
+SRC = ROOT / "src"
+PACKAGE = "sana_sprint"
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+
+# A module may import modules of lower levels, and of its own level inside its own folder. Level 0 imports nothing of
+# ours. A folder's entry holds for every module in it that has no entry of its own.
+LEVELS = {
+    "trigflow": 0,
+    "resolutions": 0,
+    "images": 0,
+    "prompts": 0,
+    "numerics": 0,
+    "models.layers": 0,
+    "models": 1,
+    "sampling": 1,
+    "weights": 2,
+    "quantize": 2,
+    "compile": 2,
+    "pipelines": 3,
+    "train": 3,
+    "evaluate": 4,
+    "serve": 4,
+    "cli": 5,
+    "__main__": 6,
+}
+
+# Roots that only one machine has. A path of a URL or a relative one has a word character or a dot before it.
+MACHINE_PATH = re.compile(r"(?<![\w.])/(?:root|home|Users|work|opt)/\w[^\s`'\")]*|(?<![\w.])/tmp/\w+/")
+
+
+def module_name(path: Path) -> str:
+    """`.../sana_sprint/models/layers.py` -> `models.layers`; a package is named by its folder, the root is ''."""
+    parts = path.relative_to(SRC / PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+FILES = {module_name(path): path for path in sorted((SRC / PACKAGE).rglob("*.py"))}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
+MODULES = [name for name in FILES if name]  # without the root, whose job is to name modules of every level
+
+
+def level(name: str) -> int:
+    """The level of a module by its longest entry in LEVELS."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        if (prefix := ".".join(parts[:end])) in LEVELS:
+            return LEVELS[prefix]
+    raise AssertionError(
+        f"{name} has no level: add it to LEVELS, where it belongs in the one-way flow of data"
+    )
+
+
+def imported(name: str) -> list[str]:
+    """Absolute dotted names of everything that a module imports, lazily or not, down to the imported name."""
+    package = f"{PACKAGE}.{name}".split(".")
+    if FILES[name].name != "__init__.py":
+        package.pop()
+    names = []
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*start, *filter(None, [node.module])])
+            names += [f"{base}.{alias.name}" for alias in node.names]
+    return names
+
+
+def our_imports(name: str) -> set[str]:
+    """The modules of ours that a module imports; the root package counts as ''."""
+    found = set()
+    for target in imported(name):
+        if target.split(".")[0] == PACKAGE:
+            inner = target.removeprefix(PACKAGE).removeprefix(".")
+            found.add(inner if inner in FILES else inner.rpartition(".")[0])
+    return found
+
+
+def tracked_files() -> list[str]:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return [name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_down(name):
+    for target in our_imports(name):
+        if target == "":
+            uses = {used for used in imported(name) if used.count(".") <= 1 and used.startswith(PACKAGE)}
+            assert uses == {f"{PACKAGE}.__version__"}, (
+                "inside the package only __version__ comes from its root"
+            )
+            continue
+        same_folder = "." in name and name.split(".")[0] == target.split(".")[0]
+        is_down = level(target) < level(name) or (level(target) == level(name) > 0 and same_folder)
+        owns = name == target.rpartition(".")[0]  # a folder's __init__ may name its own modules
+        assert is_down or owns, f"{name} (level {level(name)}) imports {target} (level {level(target)})"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_import_of_ours_exists(name):
+    assert our_imports(name) - {""} <= set(FILES)
+
+
+@pytest.mark.parametrize(("one", "other"), [("pipelines", "train"), ("train", "pipelines")])
+def test_pipelines_and_train_are_strangers(one, other):
+    for name in MODULES:
+        if name.split(".")[0] == one:
+            assert not {target for target in our_imports(name) if target.split(".")[0] == other}, name
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_diffusers_is_only_a_reference_for_tests(name):
+    assert "diffusers" not in {target.split(".")[0] for target in imported(name)}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_and_functions_stay_short(name):
+    assert len(FILES[name].read_text(encoding="utf-8").splitlines()) <= MAX_FILE_LINES
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno - node.lineno < MAX_FUNCTION_LINES, f"{name}.{node.name} is too long"
+
+
+def test_public_names_are_sorted_and_importable():
+    assert sana_sprint.__all__ == sorted(sana_sprint.__all__)
+    assert set(sana_sprint._HOME) | {"__version__"} == set(sana_sprint.__all__) <= set(dir(sana_sprint))
+    for name in sana_sprint.__all__:
+        assert getattr(sana_sprint, name) is not None
+    with pytest.raises(AttributeError, match="Pipelin"):
+        sana_sprint.Pipelin  # noqa: B018  (a misspelt name)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_names_listed_in_all_exist(name):
+    # ruff (RUF022) keeps every __all__ sorted.
+    module = importlib.import_module(f"{PACKAGE}.{name}")
+    for exported in getattr(module, "__all__", []):
+        assert hasattr(module, exported), f"{name}.__all__ lists {exported}"
+
+
+@pytest.mark.parametrize("module", ["sana_sprint", "sana_sprint.cli"])
+def test_import_is_light(module):
+    code = f"import sys, {module}; print(*sorted({{'torch', 'transformers'}} & set(sys.modules)))"
+    env = {**os.environ, "PYTHONPATH": str(SRC)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert (done.stdout.strip(), done.stderr) == ("", "")
+
+
+def test_changelog_starts_with_this_version():
+    versions = re.findall(
+        r"^## \[([^]]+)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert versions[0] in {"Unreleased", sana_sprint.__version__}
+    released = [version for version in versions if version != "Unreleased"]
+    assert released[:1] in ([], [sana_sprint.__version__])
+
+
+def test_no_tracked_file_names_a_path_of_one_machine():
+    for name in tracked_files():
+        data = (ROOT / name).read_bytes()
+        if b"\0" in data:  # weights and pictures
+            continue
+        found = MACHINE_PATH.search(data.decode("utf-8"))
+        assert found is None, f"{name} names {found.group()}"
+
+
+def test_readme_file_map_is_true():
+    """Lines of the README's "map" section that begin with a file or folder name begin with a real one."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = re.search(
+        r"^#+ [^\n]*\bmap\b[^\n]*\n(.*?)(?=^#+ |\Z)", readme, re.MULTILINE | re.DOTALL | re.IGNORECASE
+    )
+    if section is None:
+        pytest.skip("the README has no file map")
+    files = tracked_files()
+    known = {f"/{name}" for name in files} | {
+        f"/{parent}/" for name in files for parent in Path(name).parents
+    }
+    firsts = re.findall(r"^[\s│├└─|*`-]*([\w.][\w./-]*)", section.group(1), re.MULTILINE)
+    named = [first for first in firsts if first.endswith("/") or "." in first.strip(".")]
+    assert named, "the map names no file"
+    for first in named:
+        assert any(path.endswith(f"/{first}") for path in known), f"the README's map names {first}"
+
+
+def test_tests_cannot_reach_the_network():
+    import socket
+
+    # 192.0.2.0/24 is reserved for documentation: nothing answers there even without the guard.
+    with pytest.raises(RuntimeError, match="must not use the network"):
+        socket.create_connection(("192.0.2.1", 80), timeout=0.1)
+    with pytest.raises(RuntimeError, match="must not use the network"):
+        socket.getaddrinfo("example.com", 80)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        socket.create_connection(server.getsockname(), timeout=5).close()
