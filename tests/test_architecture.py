@@ -29,7 +29,6 @@ LEVELS = {
     "models.layers": 0,
     "models": 1,
     "sampling": 1,
-    "hub": 1,
     "weights": 2,
     "quantize": 2,
     "compile": 2,
