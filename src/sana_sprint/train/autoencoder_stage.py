@@ -1,0 +1,71 @@
+"""Training a DC-AE from scratch: L1 + L2 reconstruction, noise on the latents."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sana_sprint.images import grid, to_pil
+from sana_sprint.models.autoencoder import AutoencoderConfig, AutoencoderDC
+from sana_sprint.train.config import AutoencoderRun
+from sana_sprint.train.data import open_source, pictures
+from sana_sprint.train.distributed import own_indices
+from sana_sprint.train.loop import Metrics
+
+VALIDATION_START = 1_000_000_000  # sample indices no run trains on
+NUM_VALIDATION = 128
+
+
+class AutoencoderStage:
+    """See `loop.Stage`."""
+
+    def __init__(self, config: AutoencoderRun) -> None:
+        torch.manual_seed(config.seed)
+        self.config = config
+        self.module = AutoencoderDC(AutoencoderConfig.from_dict(config.model)).to(memory_format=torch.channels_last)
+        self.source = open_source(config.data.source)
+
+    def loss(self, step: int) -> tuple[Tensor, Metrics]:
+        """Reconstruction of the step's pictures from noised latents, plus the latents' size."""
+        image, _ = pictures(self.source, own_indices(step, self.config.schedule.batch_size))
+        with self._autocast():
+            latent = self.module.encode(image).float()
+            restored = self.module.decode(latent + self.config.latent_noise * torch.randn_like(latent)).float()
+        difference = restored - image
+        mse = difference.square().mean()
+        loss = difference.abs().mean() + mse + self.config.latent_weight * latent.square().mean()
+        return loss, {"psnr": _psnr(mse.item()), "latent_rms": float(latent.detach().square().mean().sqrt())}
+
+    def validate(self, folder: Path, step: int) -> Metrics:
+        """PSNR (dB, peak-to-peak 2) on unseen pictures; originals above reconstructions as a picture."""
+        image, _ = pictures(self.source, range(VALIDATION_START, VALIDATION_START + NUM_VALIDATION))
+        with self._autocast():
+            restored = torch.cat([self.module.decode(self.module.encode(part)) for part in image.split(16)])
+        restored = restored.float().clamp(-1, 1)
+        folder.mkdir(parents=True, exist_ok=True)
+        grid(to_pil(torch.cat([image[:8], restored[:8], image[8:16], restored[8:16]])), columns=8).save(
+            folder / f"{step:08d}.png"
+        )
+        return {"validation_psnr": _psnr(float((restored - image).square().mean()))}
+
+    def export(self, folder: Path) -> None:
+        """Writes the autoencoder's folder, its scaling factor set so that latents have unit variance."""
+        image, _ = pictures(self.source, range(512))
+        with self._autocast():
+            latent = torch.cat([self.module.encode(part) for part in image.split(32)]).float()
+        config = replace(self.module.config, scaling_factor=round(1 / float(latent.std()), 5))
+        self.module.config = config
+        from sana_sprint.weights import save_model
+
+        save_model(self.module, folder)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision == "bf16")
+
+
+def _psnr(mse: float) -> float:
+    return 10 * math.log10(4 / mse)
