@@ -1,0 +1,170 @@
+"""What keeps numbers right: which component may run in which dtype, finite checks, and seeds.
+
+Dtypes: angles, schedules, latents between steps and re-noising are fp32 whatever the weights are. The transformer may
+run in any of the three floating-point types below; the text encoder and the autoencoder must not run in fp16.
+
+Seeds: every image has its own generator, on the CPU, so that it is the same picture made alone, in a batch, or on
+another device, up to rounding.
+"""
+
+from __future__ import annotations
+
+import operator
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MAX_SEED = 2**64 - 1  # the largest that torch.Generator.manual_seed takes
+RANDOM_SEED_BITS = 32  # of the seeds we draw: short enough to be copied by hand
+
+# (component, dtype) -> why it is refused
+REFUSED_DTYPES = {
+    ("text_encoder", torch.float16): "Gemma 2's activations overflow in it and the embeddings become NaN",
+    ("vae", torch.float16): "the autoencoder's attention sums overflow in it and pictures come out black",
+}
+
+
+class NonFiniteError(RuntimeError):
+    """A tensor holds NaN or infinity; the message names the stage that made it."""
+
+
+# ----- dtypes ---------------------------------------------------------------------------------------------------------
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """torch.bfloat16 -> "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def check_dtype(component: str, dtype: torch.dtype | None) -> None:
+    """Raise ValueError if `component` (its name in model_index.json) must not run in `dtype`; None is not checked."""
+    if dtype is None:
+        return
+    if dtype not in DTYPES.values():
+        raise ValueError(f"{component} cannot run in {dtype_name(dtype)}; allowed: {', '.join(DTYPES)}")
+    if reason := REFUSED_DTYPES.get((component, dtype)):
+        allowed = [name for name, kind in DTYPES.items() if (component, kind) not in REFUSED_DTYPES]
+        raise ValueError(
+            f"{component} cannot run in {dtype_name(dtype)}: {reason}; use {' or '.join(allowed)}"
+        )
+
+
+def parse_dtype(value: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype or its name as a dtype; None and "auto" mean "as stored" and give None.
+
+    Raises:
+        ValueError: for a name or type that is none of `DTYPES`.
+    """
+    if value is None or value == "auto":
+        return None
+    dtype = DTYPES.get(value.removeprefix("torch.")) if isinstance(value, str) else value
+    if dtype not in DTYPES.values():
+        raise ValueError(f"dtype must be 'auto' or one of {', '.join(DTYPES)}, got: {value!r}")
+    return dtype
+
+
+def component_dtypes(
+    request: torch.dtype | str | Mapping[str, torch.dtype | str | None] | None, components: Iterable[str]
+) -> dict[str, torch.dtype | None]:
+    """One dtype for all components, or a mapping of component name (and "default") to dtype, spelt out and checked.
+
+    Returns:
+        component -> dtype, None where the stored one is kept.
+
+    Raises:
+        ValueError: for an unknown component or dtype, and for a dtype that a component cannot run in.
+    """
+    names = list(components)
+    if isinstance(request, Mapping):
+        if unknown := sorted(set(request) - {*names, "default"}):
+            raise ValueError(
+                f"torch_dtype names unknown components: {', '.join(unknown)}; known: {', '.join(names)}, default"
+            )
+        wanted = {name: request.get(name, request.get("default")) for name in names}
+    else:
+        wanted = dict.fromkeys(names, request)
+    dtypes = {name: parse_dtype(value) for name, value in wanted.items()}
+    for name, dtype in dtypes.items():
+        check_dtype(name, dtype)
+    return dtypes
+
+
+# ----- finite checks --------------------------------------------------------------------------------------------------
+
+
+def check_finite(tensor: Tensor, stage: str) -> Tensor:
+    """`tensor` itself, or NonFiniteError naming the `stage` that made it, such as "step 1 of 2"."""
+    if bool(torch.isfinite(tensor).all()):
+        return tensor
+    num_bad = int((~torch.isfinite(tensor)).sum())
+    raise NonFiniteError(
+        f"{stage} gave {num_bad} of {tensor.numel()} values that are NaN or infinite, in {dtype_name(tensor.dtype)}: "
+        "the weights are damaged, or do not bear the dtype they run in (try float32)"
+    )
+
+
+# ----- seeds and noise ------------------------------------------------------------------------------------------------
+
+
+def image_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    """One seed per image: seed, seed+1, ... of one number, a list as it is, or random ones for None.
+
+    Random seeds follow one another too, so that the first one alone repeats the whole call. They come from the
+    operating system and leave torch's global generator alone.
+
+    Raises:
+        ValueError: for a list of another length than `count` and for a seed outside 0 to 2**64 - 1.
+    """
+    if seed is None:
+        seed = secrets.randbits(RANDOM_SEED_BITS)
+    if isinstance(seed, Sequence):
+        if len(seed) != count:
+            raise ValueError(f"seed must be one number or one per image, {count} here; got: {seed!r}")
+        seeds = [_whole(value) for value in seed]
+    else:
+        first = _whole(seed)
+        seeds = [first + i for i in range(count)]
+    if wrong := [value for value in seeds if not 0 <= value <= MAX_SEED]:
+        raise ValueError(f"a seed must be from 0 to 2**64 - 1 (None for a random one), got: {wrong[0]}")
+    return seeds
+
+
+def _whole(seed: object) -> int:
+    try:
+        return operator.index(seed)  # type: ignore[arg-type]  # its TypeError is the check
+    except TypeError:
+        raise ValueError(f"a seed must be a whole number, got: {seed!r}") from None
+
+
+def make_generators(seeds: Iterable[int]) -> list[torch.Generator]:
+    """A CPU generator per seed."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def draw_noise(
+    shape: Sequence[int],
+    generators: torch.Generator | Sequence[torch.Generator] | None,
+    *,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Unit Gaussian noise (B,...) in fp32 on `device`, drawn where the generators live.
+
+    A sequence gives each image its own stream. One generator draws the whole batch, as the published pipeline does;
+    the pictures then depend on the batch size. None is torch's global generator of the CPU.
+
+    Raises:
+        ValueError: if the sequence has another length than the batch.
+    """
+    if generators is None or isinstance(generators, torch.Generator):
+        return _randn(shape, generators).to(device)
+    if len(generators) != shape[0]:
+        raise ValueError(f"there must be one generator per image, {shape[0]} here; got: {len(generators)}")
+    return torch.cat([_randn((1, *shape[1:]), generator).to(device) for generator in generators])
+
+
+def _randn(shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
+    device = "cpu" if generator is None else generator.device
+    return torch.randn(tuple(shape), generator=generator, device=device, dtype=torch.float32)

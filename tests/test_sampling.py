@@ -1,0 +1,302 @@
+"""Times, the sampling loop and the scheduler, alone and against the published scheduler."""
+
+import itertools
+import math
+
+import diffusers
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sana_sprint.sampling import PRESETS, PUBLISHED_MAX, SchedulerConfig, SCMScheduler, sample, schedule
+
+SHAPE = (2, 3, 4, 5)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(seed: int) -> torch.Tensor:
+    return torch.randn(SHAPE, generator=seeded(seed))
+
+
+# ----- times ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "times"),
+    [
+        (1, [math.pi / 2, 0.0]),
+        (2, [1.5683, 1.3, 0.0]),
+        # 4-step points 1.5683, 1.3, 1.1, 0.6, 0 read at 1/3 and 2/3: 1.3 - 0.2/3 and 1.1 - 0.5 * 2/3
+        (3, [1.5683, 1.3 - 0.2 / 3, 1.1 - 1 / 3, 0.0]),
+        (4, [1.5683, 1.3, 1.1, 0.6, 0.0]),
+        (8, [1.5683, 1.43415, 1.3, 1.2, 1.1, 0.85, 0.6, 0.3, 0.0]),
+    ],
+)
+def test_times_of_the_paper_and_between(num_steps, times):
+    assert schedule(num_steps) == pytest.approx(times, abs=1e-12)
+
+
+def test_first_preset_time_is_arctan_200_over_sigma_data():
+    assert PRESETS[2][0] == pytest.approx(math.atan(200 / 0.5), abs=1e-5)  # printed with four decimals
+
+
+@given(st.integers(1, 300), st.none() | st.floats(1e-3, PUBLISHED_MAX))
+def test_times_are_total_and_fall_strictly(num_steps, t_max):
+    times = schedule(num_steps, max_timesteps=t_max)
+    assert len(times) == num_steps + 1
+    assert times[-1] == 0.0
+    assert all(t > t_next for t, t_next in itertools.pairwise(times))
+    assert t_max is None or times[0] == pytest.approx(t_max, rel=1e-12)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 5, 20])
+def test_default_arguments_of_the_published_pipeline_never_raise(num_steps):
+    """The published scheduler refuses its own default intermediate time for every step count but 2."""
+    times = schedule(num_steps, max_timesteps=1.57080, intermediate_timesteps=1.3)
+    assert times[0] == 1.57080
+    assert times[1:] == schedule(num_steps)[1:]
+
+
+def test_later_times_stay_below_a_smaller_first_time_or_shrink():
+    assert schedule(4, max_timesteps=1.4) == [1.4, 1.3, 1.1, 0.6, 0.0]
+    shrunk = schedule(4, max_timesteps=1.2)
+    assert shrunk == pytest.approx([t * 1.2 / 1.5683 for t in (1.5683, 1.3, 1.1, 0.6, 0.0)], abs=1e-12)
+
+
+def test_intermediate_time_counts_only_for_two_steps():
+    assert schedule(2, intermediate_timesteps=1.1) == [1.5683, 1.1, 0.0]
+    assert schedule(3, intermediate_timesteps=1.1) == schedule(3)
+
+
+@pytest.mark.parametrize(
+    "given_times", [[1.5, 1.0, 0.5, 0.0], [1.5, 1.0, 0.5], torch.tensor([1.5, 1.0, 0.5])]
+)
+def test_custom_times_decide_the_number_of_steps(given_times):
+    assert schedule(2, timesteps=given_times, max_timesteps=1.2) == [1.5, 1.0, 0.5, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_steps": 0}, "at least 1, got: 0"),
+        ({"num_steps": 2.0}, "whole number, got: 2.0"),
+        ({"num_steps": 1, "max_timesteps": 1.6}, "max_timesteps .* got: 1.6"),
+        ({"num_steps": 1, "max_timesteps": 0}, "max_timesteps .* got: 0"),
+        ({"num_steps": 1, "max_timesteps": math.nan}, "max_timesteps .* got: nan"),
+        ({"num_steps": 1, "max_timesteps": "high"}, "max_timesteps must be a number, got: 'high'"),
+        ({"num_steps": 2, "max_timesteps": 1.3, "intermediate_timesteps": 1.3}, "below .* 1.3; got: 1.3"),
+        ({"num_steps": 2, "intermediate_timesteps": 0}, "intermediate_timesteps .* got: 0"),
+        ({"num_steps": 2, "timesteps": [1.0, 1.2]}, r"\[1.0, 1.2, 0.0\]"),
+        ({"num_steps": 2, "timesteps": [1.0, 1.0, 0.0]}, "each below the one before"),
+        ({"num_steps": 2, "timesteps": [1.6, 1.0]}, "at most 1.5708"),
+        ({"num_steps": 2, "timesteps": [1.0, -0.1]}, "each below the one before"),
+        ({"num_steps": 2, "timesteps": [math.nan, 0.5]}, "each below the one before"),
+        ({"num_steps": 2, "timesteps": []}, "at least one time"),
+        ({"num_steps": 2, "timesteps": [0.0]}, "at least one time"),
+        ({"num_steps": 2, "timesteps": ["a"]}, "timesteps must be a number, got: 'a'"),
+    ],
+)
+def test_bad_times_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        schedule(**arguments)
+
+
+# ----- the loop -------------------------------------------------------------------------------------------------------
+
+
+def test_renoising_adds_variances():
+    """With F = 0 a jump multiplies by cos t; re-noising to t' scales by cos t' and adds variance sin^2 t'."""
+    noise, generator = torch.randn(64, 4, 16, 16, generator=seeded()), seeded(1)
+    found = sample(
+        lambda u, t: torch.zeros_like(u),
+        noise,
+        [1.0, 0.5, 0.2],
+        draw_noise=lambda: torch.randn(noise.shape, generator=generator),
+    )
+    variance = 1.0
+    for t, t_next in ((1.0, 0.5), (0.5, 0.2)):
+        variance = variance * math.cos(t) ** 2 * math.cos(t_next) ** 2 + math.sin(t_next) ** 2
+    # 65536 draws: the standard error of a variance is 0.55 %
+    assert found.var().item() == pytest.approx(variance, rel=0.03)
+
+
+def test_a_perfect_network_gives_the_data_from_any_time():
+    """With F = cos t * noise - sin t * data, the jump from u = cos t * data + sin t * noise lands on the data."""
+    data, noise = normal(0), normal(1)
+
+    def denoiser(u, t):
+        angle = t[:, None, None, None]
+        return (torch.cos(angle) * u - data) / torch.sin(angle)
+
+    for times in ([math.pi / 2, 0.0], [1.5, 0.7, 0.0]):
+        found = sample(denoiser, noise, times, draw_noise=lambda: normal(2))
+        torch.testing.assert_close(found, data, atol=1e-5, rtol=0)  # a few fp32 roundings of numbers around 1
+
+
+def test_denoiser_gets_fp32_angles_one_per_image():
+    seen = []
+
+    def denoiser(u, t):
+        seen.append(t)
+        return torch.zeros_like(u)
+
+    sample(denoiser, normal(0), [1.5, 1.3, 0.0], draw_noise=lambda: normal(1))
+    assert [(t.tolist(), t.dtype) for t in seen] == [
+        ([1.5] * 2, torch.float32),
+        (pytest.approx([1.3] * 2), torch.float32),
+    ]
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4])
+def test_noise_is_drawn_only_between_steps(num_steps):
+    """The published scheduler also draws after the last step, where it has no effect but moves the generator on."""
+    draws = []
+    sample(
+        lambda u, t: u,
+        normal(0),
+        schedule(num_steps),
+        draw_noise=lambda: draws.append(1) or normal(len(draws)),
+    )
+    assert len(draws) == num_steps - 1
+
+
+def test_on_step_sees_every_sample_and_may_replace_it():
+    seen = []
+
+    def on_step(i, t, u):
+        seen.append((i, t, u.clone()))
+        return torch.ones_like(u) if i == 1 else None
+
+    final = sample(lambda u, t: u, normal(0), [1.5, 1.0, 0.0], draw_noise=lambda: normal(1), on_step=on_step)
+    assert [(i, t) for i, t, _ in seen] == [(0, 1.5), (1, 1.0)]
+    assert torch.equal(final, torch.ones(SHAPE))
+
+
+# ----- the scheduler --------------------------------------------------------------------------------------------------
+
+
+def drive(scheduler, steps: int, **settings) -> tuple[torch.Tensor, list[float]]:
+    """The published loop by hand, with a network that is a fixed function of its input."""
+    scheduler.set_timesteps(steps, **settings)
+    generator, latents = seeded(5), normal(3) * scheduler.config.sigma_data
+    for t in scheduler.timesteps[:-1]:
+        model_output = torch.tanh(latents / scheduler.config.sigma_data + t) * scheduler.config.sigma_data
+        latents, clean = scheduler.step(model_output, t, latents, generator=generator, return_dict=False)
+    return clean, scheduler.timesteps.tolist()
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, 0.8])
+@pytest.mark.parametrize(
+    ("steps", "theirs"),
+    [
+        (1, {"intermediate_timesteps": None}),
+        (2, {}),
+        (2, {"max_timesteps": 1.5683, "intermediate_timesteps": 1.1}),
+        (
+            4,
+            {
+                "timesteps": [1.5683, 1.3, 1.1, 0.6, 0.0],
+                "max_timesteps": None,
+                "intermediate_timesteps": None,
+            },
+        ),
+    ],
+)
+def test_hand_driven_loop_equals_the_published_one(steps, theirs, sigma_data):
+    reference, times = drive(diffusers.SCMScheduler(sigma_data=sigma_data), steps, **theirs)
+    found, own_times = drive(SCMScheduler(sigma_data=sigma_data), steps, **theirs)
+    assert own_times == times
+    torch.testing.assert_close(
+        found, reference, atol=1e-6, rtol=0
+    )  # the same fp32 operations on numbers around 1
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4, 7])
+def test_scheduler_takes_any_number_of_steps_with_its_defaults(steps):
+    with pytest.raises(ValueError, match="not supported"):  # the published one, with its own defaults
+        diffusers.SCMScheduler().set_timesteps(steps)
+    scheduler = SCMScheduler()
+    scheduler.set_timesteps(steps)
+    assert scheduler.num_inference_steps == steps
+    assert scheduler.timesteps.shape == (steps + 1,)
+
+
+def test_scheduler_and_loop_agree():
+    """`sample` in unit space is the hand-driven loop in data space."""
+    clean, times = drive(SCMScheduler(), 4)
+    generator = seeded(5)
+    found = sample(
+        lambda u, t: torch.tanh(u + t[:, None, None, None]),
+        normal(3),
+        times,
+        draw_noise=lambda: torch.randn(SHAPE, generator=generator),
+    )
+    torch.testing.assert_close(found * 0.5, clean, atol=1e-6, rtol=0)  # scaling by 0.5 is exact, sums are not
+
+
+def test_step_needs_no_hidden_index_and_takes_a_batch_of_times():
+    scheduler = SCMScheduler()
+    scheduler.set_timesteps(2)
+    first, second = scheduler.timesteps[:-1]
+    output, sample_ = normal(0), normal(1)
+    one = scheduler.step(output, second.expand(2), sample_)
+    scheduler.step(output, first, sample_, generator=seeded())
+    again = scheduler.step(output, float(second), sample_)
+    assert torch.equal(one.prev_sample, again.prev_sample)
+    assert torch.equal(one.prev_sample, one.pred_original_sample)  # the last step adds no noise
+    assert torch.equal(one[1], one.pred_original_sample)
+
+
+def test_step_takes_a_generator_per_image():
+    scheduler = SCMScheduler()
+    scheduler.set_timesteps(2)
+    t = scheduler.timesteps[0]
+    both, _ = scheduler.step(normal(0), t, normal(1), generator=[seeded(7), seeded(8)])
+    alone, _ = scheduler.step(normal(0)[1:], t, normal(1)[1:], generator=[seeded(8)])
+    assert torch.equal(both[1:], alone)
+
+
+def test_step_refuses_what_is_not_its_time():
+    scheduler = SCMScheduler()
+    with pytest.raises(ValueError, match="call set_timesteps first"):
+        scheduler.step(normal(0), 1.3, normal(1))
+    scheduler.set_timesteps(2)
+    for wrong in (1.2, 0.0):
+        with pytest.raises(ValueError, match=rf"\(1.5708, 1.3\), got: {wrong:g}"):
+            scheduler.step(normal(0), wrong, normal(1))
+    with pytest.raises(ValueError, match="num_inference_steps or timesteps"):
+        scheduler.set_timesteps()
+
+
+def test_scheduler_folder_in_both_directions(tmp_path):
+    SCMScheduler(sigma_data=0.7).save_pretrained(tmp_path / "ours" / "scheduler")
+    theirs = diffusers.SCMScheduler.from_pretrained(tmp_path / "ours", subfolder="scheduler")
+    assert (theirs.config.sigma_data, theirs.config.prediction_type) == (0.7, "trigflow")
+    diffusers.SCMScheduler(sigma_data=0.6, num_train_timesteps=500).save_pretrained(tmp_path / "theirs")
+    found = SCMScheduler.from_pretrained(tmp_path / "theirs")
+    assert found.config == SchedulerConfig(sigma_data=0.6, num_train_timesteps=500)
+    assert SCMScheduler.from_config(theirs.config).config.sigma_data == 0.7
+    assert SCMScheduler.from_config(found.config).config == found.config
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"_class_name": "DPMSolverMultistepScheduler"}', "config of a DPMSolverMultistepScheduler"),
+        ('{"sigma_dat": 0.5}', "unknown fields .* sigma_dat"),
+        ('{"prediction_type": "epsilon"}', "'trigflow', got: 'epsilon'"),
+        ('{"sigma_data": 0}', "sigma_data must be above 0, got: 0"),
+        ("[]", "cannot load"),
+        ("{", "cannot load"),
+        (None, "cannot load"),
+    ],
+)
+def test_bad_scheduler_folder_is_one_clear_error(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "scheduler_config.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        SCMScheduler.from_pretrained(tmp_path)
