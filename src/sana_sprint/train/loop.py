@@ -24,6 +24,7 @@ from sana_sprint.train.optim import clip, make_optimizers, rate, set_rate
 from sana_sprint.train.state import EMA, flat_parameters, load_latest, save_checkpoint
 
 Metrics = dict[str, float]
+Report = Callable[[str], None]  # receives a line about every milestone
 MAX_BAD_STEPS = 20  # non-finite steps in a row after which the run stops
 
 
@@ -42,7 +43,7 @@ class Stage(Protocol):
         """Writes the finished model folder; runs with averaged weights."""
 
 
-def run(stage: Stage, config: AnyRun, *, report: Callable[[str], None]) -> None:
+def run(stage: Stage, config: AnyRun, *, report: Report) -> None:
     """Trains the stage to its last step, continuing from the newest checkpoint in the output folder.
 
     Args:
@@ -104,7 +105,7 @@ def run(stage: Stage, config: AnyRun, *, report: Callable[[str], None]) -> None:
     distributed.barrier()
 
 
-def _validate(stage: Stage, ema: EMA, output: Path, step: int, report: Callable[[str], None]) -> None:
+def _validate(stage: Stage, ema: EMA, output: Path, step: int, report: Report) -> None:
     ema.swap(stage.module)
     stage.module.eval()
     with torch.no_grad():
@@ -128,7 +129,7 @@ def _resume(
     module: nn.Module,
     optimizers: list[torch.optim.Optimizer],
     ema: EMA,
-    report: Callable[[str], None],
+    report: Report,
 ) -> int:
     checkpoint = load_latest(folder)
     if checkpoint is None:

@@ -1,0 +1,62 @@
+"""The continuous-time consistency loss (sCM) of SANA-Sprint, in unit space. Pure functions.
+
+Algorithm 2 and equations of section 3.2 (arXiv 2503.09641), with everything divided by sigma_d: u = x_t/sigma_d, and
+the teacher's velocity dx_t/dt / sigma_d is its network output F. The tangent's normalisation constant c = 0.1 then
+becomes c/sigma_d, and g below equals the paper's normalised g.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sana_sprint.trigflow import SIGMA_DATA, Denoiser, expand_like
+
+TANGENT_CONSTANT = 0.1  # c of the tangent's normalisation, in the paper's space
+
+
+def scaled_tangent(student: Denoiser, u: Tensor, t: Tensor, teacher_F: Tensor) -> Tensor:
+    """F' = cos(t) sin(t) dF/dt along the teacher's trajectory: (B,C,H,W), no gradient.
+
+    The factor goes into the tangents rather than onto the result (the paper's JVP rearrangement): near t = pi/2,
+    dF/dt is huge and the product is not.
+    """
+    factor = torch.cos(t) * torch.sin(t)
+    with torch.no_grad():
+        _, tangent = torch.func.jvp(student, (u, t), (expand_like(factor, u) * teacher_F, factor))
+    result: Tensor = tangent.float()
+    return result
+
+
+def consistency_target(
+    F: Tensor, teacher_F: Tensor, tangent: Tensor, u: Tensor, t: Tensor, *, tangent_weight: float
+) -> Tensor:
+    """The normalised g, by which the student's output should move: (B,C,H,W).
+
+    g = -cos^2(t) (F - F_teacher) - r (cos(t) sin(t) u + F'), then g / (||g|| + c) over each sample.
+
+    Args:
+        F: the student's output, detached.
+        teacher_F: the guided teacher's output at the same (u,t).
+        tangent: F' of `scaled_tangent`.
+        tangent_weight: r, which warms up from 0 to 1.
+    """
+    angle = expand_like(t, u)
+    cos, sin = torch.cos(angle), torch.sin(angle)
+    g = -(cos**2) * (F - teacher_F) - tangent_weight * (cos * sin * u + tangent)
+    norm = g.flatten(1).norm(dim=1)
+    return g / (expand_like(norm, g) + TANGENT_CONSTANT / SIGMA_DATA)
+
+
+def scm_loss(F: Tensor, g: Tensor, t: Tensor, logvar: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """mean over elements of w(t)/e^logvar (F - F_detached - g)^2 + logvar, with the prior weight w = 1/(sigma_d tan t).
+
+    Args:
+        F: the student's output with gradient (B,C,H,W).
+        g: `consistency_target`.
+        logvar: learnt log variance of the loss at each sample's condition, (B,).
+    """
+    error = (F - F.detach() - g).square().flatten(1).mean(1)
+    prior_weight = 1 / (SIGMA_DATA * torch.tan(t))
+    loss = (prior_weight * torch.exp(-logvar) * error + logvar).mean()
+    return loss, {"scm_error": error.detach().mean().item(), "logvar": logvar.detach().mean().item()}

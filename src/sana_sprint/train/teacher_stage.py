@@ -1,0 +1,116 @@
+"""Training a flow-matching teacher with dense time embedding and QK norm, and its text encoder with it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from sana_sprint.images import grid, to_pil
+from sana_sprint.models.autoencoder import AutoencoderDC
+from sana_sprint.models.text_encoder import PromptEncoder, load_tokenizer
+from sana_sprint.models.transformer import CaptionContext, SanaTransformer2DModel, TransformerConfig
+from sana_sprint.train import distributed
+from sana_sprint.train.conditioning import drop_captions, embed, unconditional
+from sana_sprint.train.config import TeacherRun
+from sana_sprint.train.data import open_source
+from sana_sprint.train.flow import flow_loss, guided, logit_normal_times, sample_flow
+from sana_sprint.train.latents import cached_latents, shuffled
+from sana_sprint.train.loop import Metrics, Report
+from sana_sprint.train.text import make_text_encoder, save_text, train_tokenizer
+from sana_sprint.trigflow import Velocity
+from sana_sprint.weights import load_model, save_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+VALIDATION_START = 1_000_000_000  # sample indices no run trains on
+NUM_TOKENIZER_CAPTIONS = 20_000
+
+
+class TeacherStage:
+    """See `loop.Stage`. The latents' cache lies beside the run's output."""
+
+    def __init__(self, config: TeacherRun, *, report: Report) -> None:
+        torch.manual_seed(config.seed)
+        self.config = config
+        self.autoencoder = load_model(AutoencoderDC, config.autoencoder).to(memory_format=torch.channels_last)
+        self.cache = cached_latents(
+            config.output.parent, config.data.source, config.data.num_samples, self.autoencoder, report=report
+        )
+        tokenizer = self._tokenizer()
+        text_encoder = make_text_encoder(len(tokenizer), config.text_encoder)
+        self.encoder = PromptEncoder(tokenizer, text_encoder)
+        self.transformer = SanaTransformer2DModel(TransformerConfig.from_dict(config.model))
+        self.module = nn.ModuleDict({"transformer": self.transformer, "text_encoder": text_encoder})
+        _initialise(self.transformer)
+        source = open_source(config.data.source)
+        self.validation_captions = [source(VALIDATION_START + i)[1] for i in range(16)]
+
+    def loss(self, step: int) -> tuple[Tensor, Metrics]:
+        """Flow-matching loss on the step's part of the shuffled cache."""
+        indices = distributed.own_indices(step, self.config.schedule.batch_size)
+        u0, captions = self.cache.batch(shuffled(indices, len(self.cache), self.config.seed))
+        with self._autocast():
+            instruction = float(torch.rand(())) < self.config.instruction_rate
+            embeddings = embed(self.encoder, captions, instruction=instruction)
+            dropped = torch.rand(len(u0)) < self.config.data.caption_dropout
+            context = self.transformer.encode_caption(embeddings.embeds, drop_captions(embeddings.mask, dropped))
+            flow_t = logit_normal_times(len(u0), mean=self.config.time_mean, std=self.config.time_std)
+            losses = flow_loss(self._velocity(context), u0, torch.randn_like(u0), flow_t)
+        low, high = losses.detach()[flow_t < 0.5], losses.detach()[flow_t >= 0.5]
+        return losses.mean(), {"loss_data_half": low.mean().item(), "loss_noise_half": high.mean().item()}
+
+    def validate(self, folder: Path, step: int) -> Metrics:
+        """Guided 20-step pictures of fixed prompts from fixed noise."""
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(len(self.validation_captions), *self.cache.latents.shape[1:], generator=generator)
+        with self._autocast():
+            embeddings = embed(self.encoder, self.validation_captions, instruction=True)
+            velocity = guided(
+                self._velocity(self.transformer.encode_caption(embeddings.embeds, embeddings.mask)),
+                self._velocity(unconditional(self.transformer, embeddings)),
+                self.config.guidance_scale,
+            )
+            latent = sample_flow(velocity, noise)
+            image = self.autoencoder.decode(latent / self.autoencoder.config.scaling_factor)
+        folder.mkdir(parents=True, exist_ok=True)
+        grid(to_pil(image.float()), columns=8).save(folder / f"{step:08d}.png")
+        (folder / "captions.txt").write_text("\n".join(self.validation_captions) + "\n", encoding="utf-8")
+        return {"latent_rms": latent.square().mean().sqrt().item()}
+
+    def export(self, folder: Path) -> None:
+        """Writes transformer, text encoder, tokenizer and autoencoder as folders of one model."""
+        save_model(self.transformer, folder / "transformer")
+        save_text(self.encoder.tokenizer, self.encoder.text_encoder, folder)
+        shutil.copytree(self.config.autoencoder, folder / "vae", dirs_exist_ok=True)
+
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        """Learnt by the first process, once for a run: the others, and a resumed run, read it back."""
+        folder = self.config.output / "tokenizer"
+        if distributed.rank() == 0 and not folder.is_dir():
+            captions = self.cache.captions[:NUM_TOKENIZER_CAPTIONS]
+            train_tokenizer(captions, self.config.tokenizer_vocab).save_pretrained(str(folder))
+        distributed.barrier()
+        return load_tokenizer(folder)
+
+    def _velocity(self, context: CaptionContext) -> Velocity:
+        return lambda x, flow_t: self.transformer(x, flow_t, context)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision == "bf16")
+
+
+def _initialise(transformer: SanaTransformer2DModel) -> None:
+    """DiT's start (arXiv 2212.09748, sec. 3.2): every block is the identity, the output is zero."""
+    for name, parameter in transformer.named_parameters():
+        if name.endswith("to_out.0.weight") or name.endswith("proj_out.weight"):
+            nn.init.zeros_(parameter)
+        elif name.endswith("to_out.0.bias") or name.endswith("proj_out.bias"):
+            nn.init.zeros_(parameter)
+        elif parameter.ndim == 2 and "scale_shift_table" not in name:
+            nn.init.xavier_uniform_(parameter)
+    nn.init.normal_(transformer.time_embed.linear.weight, std=0.02)
