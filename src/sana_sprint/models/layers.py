@@ -50,7 +50,8 @@ def product_dtype(weight: Tensor) -> torch.dtype:
 def sinusoid(value: Tensor, channels: int = SINUSOID_CHANNELS, max_period: float = 10_000.0) -> Tensor:
     """`[cos(w_k value) | sin(w_k value)]` with `w_k = max_period^(-k / (channels/2))`: (B,) -> (B, channels), fp32."""
     half = channels // 2
-    exponents = torch.arange(half, device=value.device, dtype=torch.float32) * (-math.log(max_period) / half)
+    # In the published order of roundings: times up to 1000 (plain SANA) magnify them to 1e-4 radians.
+    exponents = torch.arange(half, device=value.device, dtype=torch.float32) * -math.log(max_period) / half
     angles = value.to(wide_dtype(value))[:, None] * exponents.exp()
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 

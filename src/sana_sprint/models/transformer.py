@@ -34,6 +34,18 @@ CAPTION_NORM_EPS = 1e-5
 OUTPUT_NORM_EPS = 1e-6  # fixed in the published model, whatever config.norm_eps says
 MASKED_BIAS = -10_000.0  # the published value; a caption whose tokens are all masked attends to them evenly
 QK_NORMS = (None, "rms_norm_across_heads")
+_SIZES = (
+    "in_channels",
+    "num_attention_heads",
+    "attention_head_dim",
+    "num_layers",
+    "num_cross_attention_heads",
+    "cross_attention_head_dim",
+    "cross_attention_dim",
+    "caption_channels",
+    "sample_size",
+    "patch_size",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +79,10 @@ class TransformerConfig:
     timestep_scale: float = 1.0
 
     def __post_init__(self) -> None:
+        for name in _SIZES:
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number from 1 up")
         if self.qk_norm not in QK_NORMS:
             raise ValueError(f"qk_norm is {self.qk_norm!r}; allowed are {QK_NORMS}")
         if self.cross_attention_dim != self.width:
@@ -313,6 +329,10 @@ class SanaTransformer2DModel(nn.Module):
                 raise ValueError(
                     f"{name} has shape {tuple(value.shape)}; expected ({shape[0]},), one number per image"
                 )
+        if len(context.keys) != self.config.num_layers:
+            raise ValueError(
+                f"context was made for a model of {len(context.keys)} blocks; this one has {self.config.num_layers}"
+            )
         if context.batch_size != shape[0]:
             raise ValueError(
                 f"context holds {context.batch_size} captions for {shape[0]} images; use its repeat or index"
