@@ -25,7 +25,7 @@ def test_fp16_is_refused_where_it_overflows(component):
     with pytest.raises(ValueError, match=rf"{component} cannot run in float16: .* use float32 or bfloat16"):
         check_dtype(component, torch.float16)
     with pytest.raises(ValueError, match=f"{component} cannot run in float16"):
-        component_dtypes("float16", COMPONENTS)
+        component_dtypes({component: "float16"}, COMPONENTS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, None])

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import IO, Any
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor, nn
+
+SETTINGS_KEY = "sana_sprint"  # PNG text chunk with the settings as JSON
+INFOTEXT_KEY = "parameters"  # PNG text chunk that other picture tools write and read
+
+
+# ----- tensors to pictures and back -----------------------------------------------------------------------------------
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -28,6 +38,55 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(array) for array in to_uint8(images)]
 
 
+def to_unit(images: Tensor) -> Tensor:
+    """(B,3,H,W) in [-1,1] -> fp32 (B,3,H,W) in [0,1], clamped."""
+    return images.float().add(1).div(2).clamp(0, 1)
+
+
+def to_numpy(images: Tensor) -> np.ndarray:
+    """(B,3,H,W) in [-1,1] -> fp32 array (B,H,W,3) in [0,1], clamped."""
+    array: np.ndarray = to_unit(images).permute(0, 2, 3, 1).cpu().numpy()
+    return array
+
+
+def from_pil(picture: Image.Image, *, background: str = "white") -> Tensor:
+    """A picture of any mode -> fp32 (1,3,H,W) in [-1,1], the right way up.
+
+    The camera's orientation note is followed, 16-bit greys keep their range, and what is transparent shows
+    `background`.
+    """
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):  # 16-bit grey: a plain conversion would clip at 255
+        picture = Image.fromarray((np.asarray(picture) / 257).round().clip(0, 255).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, background), picture)
+    array = np.array(picture.convert("RGB"))
+    return torch.from_numpy(array).permute(2, 0, 1)[None].float().div(127.5).sub(1)
+
+
+def resize_and_crop(
+    images: Tensor, *, resized: tuple[int, int], corner: tuple[int, int], size: tuple[int, int]
+) -> Tensor:
+    """Resize (B,C,H,W) to `resized`, then cut out `size` from `corner` on; each is (vertical, horizontal).
+
+    Bilinear, with a filter as wide as the shrinking: thin lines fade instead of breaking up. Enlarging is plain
+    bilinear, as published. Returns fp32; the same values if nothing is to be done.
+
+    Raises:
+        ValueError: if the cut-out does not lie inside the resized picture.
+    """
+    (top, left), (height, width) = corner, size
+    if min(top, left) < 0 or min(height, width) < 1 or top + height > resized[0] or left + width > resized[1]:
+        raise ValueError(f"cannot cut {height}x{width} at {corner} out of a picture of {resized}")
+    images = images.float()
+    if tuple(images.shape[-2:]) != resized:
+        images = nn.functional.interpolate(
+            images, size=resized, mode="bilinear", align_corners=False, antialias=True
+        )
+    return images[..., top : top + height, left : left + width]
+
+
 def grid(pictures: Sequence[Image.Image], *, columns: int, gap: int = 2) -> Image.Image:
     """Equal-sized pictures in rows of `columns`, on white."""
     if not pictures:
@@ -38,3 +97,49 @@ def grid(pictures: Sequence[Image.Image], *, columns: int, gap: int = 2) -> Imag
     for i, picture in enumerate(pictures):
         sheet.paste(picture, (i % columns * (width + gap), i // columns * (height + gap)))
     return sheet
+
+
+# ----- settings in PNG files ------------------------------------------------------------------------------------------
+
+
+def save_png(
+    picture: Image.Image, file: str | os.PathLike[str] | IO[bytes], settings: Mapping[str, Any]
+) -> None:
+    """Write a PNG that tells how it was made: `settings` as JSON, and a line that other tools read.
+
+    That line uses `prompt`, `num_inference_steps`, `guidance_scale`, `seed`, `width`, `height` and `model`, as far as
+    they are among the settings.
+    """
+    info = PngInfo()
+    info.add_itxt(SETTINGS_KEY, json.dumps(settings, ensure_ascii=False))
+    info.add_itxt(INFOTEXT_KEY, infotext(settings))
+    picture.save(file, format="PNG", pnginfo=info)
+
+
+def read_settings(picture: Image.Image) -> dict[str, Any] | None:
+    """The settings that `save_png` wrote into a PNG file, or None if there are none.
+
+    Raises:
+        ValueError: if there is such a text but it is not a JSON object.
+    """
+    text = getattr(picture, "text", {}).get(SETTINGS_KEY)
+    if text is None:
+        return None
+    try:
+        settings = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"the picture's settings are not JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"the picture's settings must be a JSON object, got: {type(settings).__name__}")
+    return settings
+
+
+def infotext(settings: Mapping[str, Any]) -> str:
+    """Prompt, then `Steps: 2, CFG scale: 4.5, Seed: 1, Size: 640x480, Model: name`: the usual one-line dialect."""
+    labels = {"Steps": "num_inference_steps", "CFG scale": "guidance_scale", "Seed": "seed"}
+    parts = [f"{label}: {settings[key]}" for label, key in labels.items() if key in settings]
+    if "width" in settings and "height" in settings:
+        parts.append(f"Size: {settings['width']}x{settings['height']}")
+    if "model" in settings:
+        parts.append(f"Model: {settings['model']}")
+    return "\n".join(filter(None, [settings.get("prompt", ""), ", ".join(parts)]))
