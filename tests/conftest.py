@@ -16,11 +16,16 @@ os.environ["HF_HOME"] = str(ROOT / ".pytest_cache" / "huggingface")
 import numpy as np  # noqa: E402  (after the environment is set)
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 EMOJI_FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 
 # The models here are tiny: more threads only cost hand-overs, and a fixed number keeps sums in one order.
 torch.set_num_threads(2)
+
+# No deadline: an example's time says how busy the machine is. Derandomised: a run is the same everywhere.
+settings.register_profile("steady", deadline=None, derandomize=True)
+settings.load_profile("steady")
 
 
 class NetworkBlockedError(RuntimeError):

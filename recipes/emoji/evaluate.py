@@ -1,0 +1,128 @@
+"""Scores the emoji chain on held-out prompts with the compositional judge: `python -m recipes.emoji.evaluate`.
+
+The student makes every picture through the public pipeline at 1, 2 and 4 steps; its teacher samples with 20 guided
+Euler steps; both get the same noise. The autoencoder is scored by PSNR on unseen scenes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from recipes.emoji.judge import evaluation_scenes, judge_many, summarize
+from recipes.emoji.scenes import TASKS, Scene, render
+from sana_sprint import SanaSprintPipeline
+from sana_sprint.images import grid, to_pil
+from sana_sprint.models.autoencoder import AutoencoderDC
+from sana_sprint.models.text_encoder import PromptEncoder, load_text_encoder, load_tokenizer
+from sana_sprint.models.transformer import SanaTransformer2DModel
+from sana_sprint.train.conditioning import embed, unconditional
+from sana_sprint.train.flow import guided, sample_flow
+from sana_sprint.weights import load_model
+
+BATCH = 50
+
+
+def main() -> None:
+    """Prints a Markdown table, then one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="emoji", help="the student: a name or a pipeline folder")
+    parser.add_argument("--teacher", type=Path, help="the teacher run's final folder; left out, only the student is scored")
+    parser.add_argument("--count", type=int, default=300, help="number of held-out prompts, a multiple of 6")
+    parser.add_argument("--guidance", type=float, default=4.5)
+    parser.add_argument("--teacher-steps", type=int, default=20)
+    parser.add_argument("--out", type=Path, help="a folder for sheets of the judged pictures")
+    arguments = parser.parse_args()
+
+    scenes = evaluation_scenes(arguments.count)
+    rows: dict[str, dict[str, float]] = {}
+    if arguments.teacher:
+        pictures = teacher_pictures(arguments.teacher, scenes, arguments.guidance, arguments.teacher_steps)
+        rows[f"teacher, {arguments.teacher_steps} guided steps"] = _score(pictures, scenes, arguments.out, "teacher")
+    pipeline = SanaSprintPipeline.from_pretrained(arguments.model, torch_dtype=torch.bfloat16)
+    pipeline.set_progress_bar_config(disable=True)
+    for steps in (1, 2, 4):
+        pictures = student_pictures(pipeline, scenes, arguments.guidance, steps)
+        rows[f"student, {steps} step{'s' * (steps > 1)}"] = _score(pictures, scenes, arguments.out, f"student{steps}")
+    psnr = autoencoder_psnr(pipeline.vae)
+
+    print("| model | overall | " + " | ".join(TASKS) + " |")
+    print("|---|" + "---|" * (len(TASKS) + 1))
+    for name, scores in rows.items():
+        print(f"| {name} | " + " | ".join(f"{scores[key]:.1%}" for key in ("overall", *TASKS)) + " |")
+    print(f"autoencoder: {psnr:.2f} dB on 300 unseen scenes")
+    print(json.dumps({"count": len(scenes), "autoencoder_psnr": psnr, **rows}))
+
+
+def student_pictures(pipeline: SanaSprintPipeline, scenes: list[Scene], guidance: float, steps: int) -> list[Image.Image]:
+    """One picture for each scene's caption, seeds 0, 1, 2, ..."""
+    pictures: list[Image.Image] = []
+    for start in range(0, len(scenes), BATCH):
+        part = scenes[start : start + BATCH]
+        result = pipeline(
+            [scene.caption for scene in part],
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            seed=list(range(start, start + len(part))),
+        )
+        pictures += result.images
+    return pictures
+
+
+@torch.no_grad()
+def teacher_pictures(folder: Path, scenes: list[Scene], guidance: float, steps: int) -> list[Image.Image]:
+    """The same from the guided teacher, fp32 weights under bf16 autocast as in training."""
+    transformer = load_model(SanaTransformer2DModel, folder / "transformer")
+    autoencoder = load_model(AutoencoderDC, folder / "vae").to(memory_format=torch.channels_last)
+    encoder = PromptEncoder(load_tokenizer(folder / "tokenizer"), load_text_encoder(folder / "text_encoder"))
+    size, channels = transformer.config.sample_size, transformer.config.in_channels
+    pictures: list[Image.Image] = []
+    for start in range(0, len(scenes), BATCH):
+        part = scenes[start : start + BATCH]
+        noise = torch.stack(
+            [torch.randn(channels, size, size, generator=torch.Generator().manual_seed(start + i)) for i in range(len(part))]
+        )
+        with torch.autocast("cpu", torch.bfloat16):
+            embeddings = embed(encoder, [scene.caption for scene in part], instruction=True)
+            captioned = transformer.encode_caption(embeddings.embeds, embeddings.mask)
+            empty = unconditional(transformer, embeddings)
+
+            def conditional(x: Tensor, s: Tensor, context: object = captioned) -> Tensor:
+                return transformer(x, s, context)
+
+            def without(x: Tensor, s: Tensor, context: object = empty) -> Tensor:
+                return transformer(x, s, context)
+
+            latent = sample_flow(guided(conditional, without, guidance), noise, num_steps=steps)
+            pictures += to_pil(autoencoder.decode(latent / autoencoder.config.scaling_factor).float())
+    return pictures
+
+
+@torch.no_grad()
+def autoencoder_psnr(autoencoder: AutoencoderDC) -> float:
+    """Mean over unseen scenes of each picture's PSNR in dB."""
+    pixels = np.stack([np.asarray(render(scene)) for scene in evaluation_scenes(300)])
+    image = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    restored = torch.cat([autoencoder.decode(autoencoder.encode(part.to(autoencoder.dtype))) for part in image.split(30)])
+    mse = (restored.float().clamp(-1, 1) - image).square().flatten(1).mean(1)
+    return (10 * torch.log10(4 / mse)).mean().item()
+
+
+def _score(pictures: list[Image.Image], scenes: list[Scene], out: Path | None, name: str) -> dict[str, float]:
+    verdicts = judge_many(pictures, scenes)
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        grid(pictures[:96], columns=12).save(out / f"{name}.png")
+        lines = [f"{v.correct}\t{s.caption}\t{v.reason}" for v, s in zip(verdicts, scenes, strict=True)]
+        (out / f"{name}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return summarize(verdicts, scenes)
+
+
+if __name__ == "__main__":
+    main()

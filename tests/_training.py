@@ -1,0 +1,88 @@
+"""Tiny training runs: a data source, and stage configs that finish in seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+COLORS = {"red": (220, 30, 30), "green": (20, 200, 60), "blue": (30, 60, 220)}
+
+
+def colored_square(index: int) -> tuple[np.ndarray, str]:
+    """A 16 px picture with a coloured square somewhere on gray, and its caption."""
+    rng = np.random.default_rng(index)
+    name = list(COLORS)[index % len(COLORS)]
+    picture = np.full((16, 16, 3), 128, np.uint8)
+    x, y = rng.integers(0, 8, 2)
+    picture[y : y + 8, x : x + 8] = COLORS[name]
+    return picture, f"a {name} square"
+
+
+def _schedule(steps: int) -> dict[str, Any]:
+    return {"steps": steps, "batch_size": 4, "log_every": 1, "sample_every": steps, "save_every": 1}
+
+
+def autoencoder_run(output: Path, *, steps: int = 3) -> dict[str, Any]:
+    stages: dict[str, Any] = {"latent_channels": 4}
+    for side in ("encoder", "decoder"):
+        stages[f"{side}_block_out_channels"] = [8, 8, 16]
+        stages[f"{side}_layers_per_block"] = [0, 1, 1]
+        stages[f"{side}_qkv_multiscales"] = [[], [], []]
+    return {
+        "stage": "autoencoder",
+        "output": str(output),
+        "precision": "fp32",
+        "data": {"source": "_training:colored_square"},
+        "model": stages,
+        "optimizer": {"warmup_steps": 1},
+        "schedule": _schedule(steps),
+    }
+
+
+def teacher_run(output: Path, autoencoder: Path, *, steps: int = 3, optimizer: str = "muon") -> dict[str, Any]:
+    return {
+        "stage": "teacher",
+        "output": str(output),
+        "precision": "fp32",
+        "autoencoder": str(autoencoder),
+        "tokenizer_vocab": 400,
+        "data": {"source": "_training:colored_square", "num_samples": 24},
+        "text_encoder": {
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+            "query_pre_attn_scalar": 8,
+        },
+        "model": {
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_attention_heads": 2,
+            "attention_head_dim": 32,
+            "num_layers": 2,
+            "num_cross_attention_heads": 2,
+            "cross_attention_head_dim": 32,
+            "cross_attention_dim": 64,
+            "caption_channels": 16,
+            "sample_size": 4,
+            "qk_norm": "rms_norm_across_heads",
+        },
+        "optimizer": {"name": optimizer, "warmup_steps": 1},
+        "schedule": _schedule(steps),
+    }
+
+
+def student_run(output: Path, teacher: Path, *, steps: int = 2) -> dict[str, Any]:
+    return {
+        "stage": "student",
+        "output": str(output),
+        "precision": "fp32",
+        "teacher": str(teacher),
+        "data": {"source": "_training:colored_square", "num_samples": 24},
+        "optimizer": {"warmup_steps": 1, "learning_rate": 1e-4},
+        "schedule": _schedule(steps),
+    }
