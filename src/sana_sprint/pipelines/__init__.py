@@ -1,0 +1,1 @@
+"""Ready-made pipelines with the published arguments, over one shared core."""

@@ -1,0 +1,294 @@
+"""What all pipelines have in common: their components, where these live, and how they are read and written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from sana_sprint.models.text_encoder import PromptEncoder
+from sana_sprint.numerics import check_dtype, parse_dtype
+from sana_sprint.pipelines.core import check_count
+from sana_sprint.pipelines.loading import DeviceMap, DtypeRequest, load_components, save_components
+from sana_sprint.pipelines.prompting import Prompts
+from sana_sprint.prompts import DEFAULT_MAX_SEQUENCE_LENGTH
+from sana_sprint.weights import resolve_folder
+
+DEFAULT_COMPRESSION = 32  # pixels per latent cell when there is no autoencoder to ask, as published
+
+
+class BasePipeline:
+    """Holds components and changes nothing about them in a call, so threads may share a pipeline and its components.
+
+    A component may be None: then what needs it raises a ValueError that names it.
+    """
+
+    component_names: ClassVar[tuple[str, ...]] = (
+        "tokenizer",
+        "text_encoder",
+        "vae",
+        "transformer",
+        "scheduler",
+    )
+    published_class_name: ClassVar[str]
+
+    tokenizer: Any
+    text_encoder: Any
+    vae: Any
+    transformer: Any
+    scheduler: Any
+
+    def __init__(self, **components: Any) -> None:
+        for name in self.component_names:
+            setattr(self, name, components[name])
+        self._progress_settings: dict[str, Any] = {}
+        self._encoder: PromptEncoder | None = None
+
+    # ----- making one -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        torch_dtype: DtypeRequest | None = None,
+        dtype: DtypeRequest | None = None,
+        device_map: DeviceMap | None = None,
+        variant: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        **components: Any,
+    ) -> Self:
+        """A pipeline from a name.
+
+        Args:
+            name_or_path: "emoji" (comes with this package), a folder, or a Hugging Face id.
+            torch_dtype: a dtype or its name for all components, or a mapping of component name (and "default") to
+                dtype. None keeps what is stored. The text encoder and the autoencoder do not run in float16.
+            dtype: another name for `torch_dtype`.
+            device_map: a device, a mapping of component name to device, "auto" or "balanced" (text encoder on the
+                last accelerator, the rest on the first). None is the CPU.
+            variant: weight files of this variant where a component has them, such as "fp16".
+            revision, cache_dir, token, local_files_only: for the Hub, see `weights.resolve_folder`.
+            components: ready-made ones in place of those in the folder, or None to do without, as in
+                `text_encoder=None`.
+
+        Raises:
+            ValueError: naming what was not found, does not fit or is not allowed.
+        """
+        if unknown := sorted(set(components) - set(cls.component_names)):
+            raise ValueError(
+                f"unknown arguments: {', '.join(unknown)}; components are {', '.join(cls.component_names)}"
+            )
+        if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
+            raise ValueError(f"torch_dtype and dtype are one setting, got: {torch_dtype!r} and {dtype!r}")
+        folder = resolve_folder(
+            name_or_path,
+            revision=revision,
+            variant=variant,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+        )
+        return cls(
+            **load_components(
+                folder,
+                cls.component_names,
+                given=components,
+                dtype=dtype if torch_dtype is None else torch_dtype,
+                device_map=device_map,
+                variant=variant,
+            )
+        )
+
+    @classmethod
+    def from_pipe(cls, pipeline: BasePipeline, **components: Any) -> Self:
+        """A pipeline of this class that shares the components of another; nothing is copied.
+
+        Args:
+            pipeline: any pipeline.
+            components: what it lacks, or to be used instead.
+
+        Raises:
+            ValueError: for a component that neither has, or that this class does not use.
+        """
+        if unknown := sorted(set(components) - set(cls.component_names)):
+            raise ValueError(f"{cls.__name__} has no components {', '.join(unknown)}")
+        have = {**pipeline.components, **components}
+        if missing := [name for name in cls.component_names if name not in have]:
+            raise ValueError(f"{cls.__name__} also needs {', '.join(missing)}")
+        return cls(**{name: have[name] for name in cls.component_names})
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        variant: str | None = None,
+        max_shard_size: int | str = "5GB",
+    ) -> None:
+        """Write a folder that `from_pretrained` and diffusers read.
+
+        Args:
+            folder: made if absent.
+            variant: a word in the names of the weight files, such as "bf16".
+            max_shard_size: larger weight files are split: bytes, or a size such as "500MB".
+
+        Raises:
+            ValueError: if a component cannot be written.
+        """
+        save_components(
+            self.components,
+            folder,
+            class_name=self.published_class_name,
+            variant=variant,
+            max_shard_size=max_shard_size,
+        )
+
+    # ----- components -------------------------------------------------------------------------------------------------
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """Name -> component, ready for another pipeline's constructor."""
+        return {name: getattr(self, name) for name in self.component_names}
+
+    def need(self, *names: str) -> None:
+        """Raise ValueError if one of these components is None."""
+        if missing := [name for name in names if getattr(self, name) is None]:
+            raise ValueError(f"this pipeline was made without {', '.join(missing)}, which this call needs")
+
+    def _modules(self) -> dict[str, nn.Module]:
+        parts = self.components.items()
+        return {name: module for name, module in parts if isinstance(module, nn.Module)}
+
+    def _main_module(self) -> Any:
+        """The transformer or, without one, whatever else there is."""
+        modules = self._modules()
+        if not modules:
+            raise ValueError("this pipeline has no component with weights")
+        return modules.get("transformer", next(iter(modules.values())))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer is."""
+        device: torch.device = self._main_module().device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The transformer's."""
+        dtype: torch.dtype = self._main_module().dtype
+        return dtype
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels per latent cell, along each side."""
+        return DEFAULT_COMPRESSION if self.vae is None else int(self.vae.spatial_compression_ratio)
+
+    def to(
+        self,
+        *args: str | torch.device | torch.dtype,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | str | None = None,
+    ) -> Self:
+        """Move or cast all components in place: `to("cuda")`, `to(torch.bfloat16)`, `to("cuda", torch.bfloat16)`.
+
+        Raises:
+            ValueError: before anything is changed, for a dtype that a component cannot run in.
+        """
+        for argument in args:
+            if isinstance(argument, torch.dtype):
+                dtype = argument
+            else:
+                device = argument
+        kind = parse_dtype(dtype)
+        modules = self._modules()
+        for name in modules:
+            check_dtype(name, kind)
+        for module in modules.values():
+            module.to(device=device, dtype=kind)
+        return self
+
+    # ----- the autoencoder's memory -----------------------------------------------------------------------------------
+
+    def enable_vae_slicing(self) -> None:
+        """Decode one picture at a time: less memory, same pictures."""
+        self.need("vae")
+        self.vae.enable_slicing()
+
+    def disable_vae_slicing(self) -> None:
+        """Decode all pictures of a call together."""
+        self.need("vae")
+        self.vae.disable_slicing()
+
+    def enable_vae_tiling(self, **settings: Any) -> None:
+        """Decode in overlapping tiles: big pictures in little memory, slightly other values. See the autoencoder's
+        `enable_tiling` for `settings`."""
+        self.need("vae")
+        self.vae.enable_tiling(**settings)
+
+    def disable_vae_tiling(self) -> None:
+        """Decode in one piece."""
+        self.need("vae")
+        self.vae.disable_tiling()
+
+    # ----- prompts ----------------------------------------------------------------------------------------------------
+
+    @property
+    def prompt_encoder(self) -> PromptEncoder | None:
+        """The tokenizer and text encoder at work; None if either is missing."""
+        if self.tokenizer is None or self.text_encoder is None:
+            return None
+        encoder = self._encoder
+        if (
+            encoder is None
+            or encoder.tokenizer is not self.tokenizer
+            or encoder.text_encoder is not self.text_encoder
+        ):
+            encoder = self._encoder = PromptEncoder(self.tokenizer, self.text_encoder)
+        return encoder
+
+    @torch.no_grad()
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        num_images_per_prompt: int = 1,
+        device: torch.device | str | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        clean_caption: bool = False,
+        max_sequence_length: int = DEFAULT_MAX_SEQUENCE_LENGTH,
+        complex_human_instruction: Sequence[str] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Text embeddings (B,L,D) and mask (B,L), True = a token, for the pipeline's arguments of these names.
+
+        B is the number of prompts times `num_images_per_prompt`, each prompt's rows together. L is the longest prompt,
+        without padding to `max_sequence_length`. `device` defaults to the pipeline's.
+
+        Raises:
+            ValueError: as the call does.
+        """
+        text = Prompts(prompt, prompt_embeds, prompt_attention_mask).encode(
+            self.prompt_encoder,
+            clean_caption=clean_caption,
+            max_sequence_length=max_sequence_length,
+            complex_human_instruction=complex_human_instruction,
+        )
+        repeats = check_count("num_images_per_prompt", num_images_per_prompt)
+        rows = text.repeat(repeats).to(self.device if device is None else device)
+        return rows.embeds, rows.mask
+
+    # ----- progress ---------------------------------------------------------------------------------------------------
+
+    def set_progress_bar_config(self, **settings: Any) -> None:
+        """Settings of tqdm's progress bar, such as `disable=True`. It shows on stderr if that is a terminal."""
+        self._progress_settings = settings
+
+    def progress_bar(self, total: int) -> tqdm[Any]:
+        """A bar for `total` steps."""
+        return tqdm(total=total, **{"disable": None, **self._progress_settings})

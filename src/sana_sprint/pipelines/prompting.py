@@ -1,0 +1,127 @@
+"""From a call's prompts, or ready-made embeddings, to what the transformer is conditioned on."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from sana_sprint.models.text_encoder import PromptEncoder
+from sana_sprint.numerics import check_finite
+
+logger = logging.getLogger(__name__)
+
+# Tokenizers are not thread-safe ("Already borrowed"), and pipelines may share one.
+_LOCKS: WeakKeyDictionary[Any, threading.Lock] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class TextInputs:
+    """embeds (B,L,D) and mask (B,L), True = a token; per prompt how many tokens at its end were cut off."""
+
+    embeds: Tensor
+    mask: Tensor
+    lost_tokens: tuple[int, ...]
+
+    def repeat(self, count: int) -> TextInputs:
+        """Each prompt's row `count` times in succession, of embeddings and mask alike."""
+        return replace(
+            self,
+            embeds=self.embeds.repeat_interleave(count, dim=0),
+            mask=self.mask.repeat_interleave(count, dim=0),
+        )
+
+    def to(self, device: torch.device | str) -> TextInputs:
+        """The tensors on `device`."""
+        return replace(self, embeds=self.embeds.to(device), mask=self.mask.to(device))
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A call's prompts: text, or embeddings (prompts,L,D) with their mask (prompts,L).
+
+    Raises ValueError unless there is exactly one of the two, in these shapes.
+    """
+
+    prompt: str | Sequence[str] | None = None
+    embeds: Tensor | None = None
+    mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if (self.prompt is None) == (self.embeds is None):
+            given = "neither" if self.prompt is None else "both"
+            raise ValueError(f"give either prompt or prompt_embeds; got {given}")
+        if (self.embeds is None) != (self.mask is None):
+            raise ValueError(
+                "prompt_embeds and prompt_attention_mask (1 = a token) belong together; got only one of them"
+            )
+        if self.embeds is not None and self.mask is not None:
+            _check_shapes(self.embeds, self.mask)
+        else:
+            _check_texts(self.texts)
+
+    @property
+    def texts(self) -> list[Any]:
+        """The prompts as a list; empty if there are embeddings instead."""
+        if isinstance(self.prompt, list | tuple):
+            return list(self.prompt)
+        return [] if self.prompt is None else [self.prompt]
+
+    @property
+    def count(self) -> int:
+        """How many prompts there are."""
+        return len(self.texts) if self.embeds is None else self.embeds.shape[0]
+
+    def encode(
+        self,
+        encoder: PromptEncoder | None,
+        clean_caption: bool,
+        max_sequence_length: int,
+        complex_human_instruction: Sequence[str] | None,
+    ) -> TextInputs:
+        """One row per prompt. A prompt that does not fit its window is cut, counted and logged as a warning.
+
+        Raises:
+            ValueError: for what `PromptEncoder.encode` refuses, and if there is text but no encoder.
+            NonFiniteError: if embeddings hold NaN or infinity.
+        """
+        if self.embeds is not None and self.mask is not None:
+            return TextInputs(
+                check_finite(self.embeds, "prompt_embeds"), self.mask != 0, lost_tokens=(0,) * self.count
+            )
+        if encoder is None:
+            raise ValueError("this pipeline was made without text encoder or tokenizer: give prompt_embeds")
+        with _LOCKS.setdefault(encoder.tokenizer, threading.Lock()):
+            found = encoder.encode(
+                self.texts,
+                max_sequence_length=max_sequence_length,
+                complex_human_instruction=complex_human_instruction,
+                clean_caption=clean_caption,
+            )
+        for i, lost in enumerate(found.lost_tokens):
+            if lost:
+                logger.warning(
+                    "prompt %d of %d is too long: its last %d tokens are not used", i + 1, self.count, lost
+                )
+        return TextInputs(check_finite(found.embeds, "the text encoder"), found.mask, found.lost_tokens)
+
+
+def _check_texts(texts: list[Any]) -> None:
+    if not texts:
+        raise ValueError("prompt must hold at least one string, got an empty list")
+    if wrong := [text for text in texts if not isinstance(text, str)]:
+        raise ValueError(f"prompt must be a string or a list of strings, got: {wrong[0]!r}")
+
+
+def _check_shapes(embeds: Tensor, mask: Tensor) -> None:
+    if embeds.ndim != 3 or not embeds.shape[0] or mask.shape != embeds.shape[:2]:
+        raise ValueError(
+            "prompt_embeds must be (prompts, tokens, channels) and prompt_attention_mask (prompts, tokens); "
+            f"got: {tuple(embeds.shape)} and {tuple(mask.shape)}"
+        )

@@ -1,0 +1,203 @@
+"""Text to pictures: `SanaSprintPipeline`, with the arguments of the published pipeline of that name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sana_sprint.numerics import check_dtype, draw_noise, dtype_name
+from sana_sprint.pipelines.base import BasePipeline
+from sana_sprint.pipelines.callbacks import StepCallback, StepHook, check_tensor_inputs
+from sana_sprint.pipelines.core import (
+    Conditioning,
+    Generators,
+    check_count,
+    choose_generators,
+    decode,
+    draw_latents,
+    fit,
+    guidance_per_image,
+)
+from sana_sprint.pipelines.output import Pictures, SanaSprintOutput, check_output_type, convert
+from sana_sprint.pipelines.prompting import Prompts
+from sana_sprint.prompts import COMPLEX_HUMAN_INSTRUCTION, DEFAULT_MAX_SEQUENCE_LENGTH
+from sana_sprint.resolutions import Size, plan_size
+from sana_sprint.sampling import PUBLISHED_INTERMEDIATE, PUBLISHED_MAX, schedule
+
+
+class SanaSprintPipeline(BasePipeline):
+    """Draws pictures from text in 1 to 4 (or more) network evaluations.
+
+    Calls change nothing about the pipeline or its components, so several threads may call at once.
+
+    Arguments of a call, in the published order:
+        prompt: a string or a list of strings. An empty string is allowed (no text).
+        num_inference_steps: network evaluations, from 1 up.
+        timesteps: TrigFlow angles instead, falling, in [0, 1.5708]; a final 0 may be left out. They decide the number
+            of steps; the next two arguments are then not used.
+        max_timesteps: the first angle.
+        intermediate_timesteps: the second of two angles. Not used for other numbers of steps.
+        guidance_scale: one number, one per prompt or one per image; the model was distilled with 4 to 5. None for a
+            transformer without guidance embedding.
+        num_images_per_prompt: all images of the first prompt come first.
+        height, width: of the pictures, in pixels; the model's native size by default.
+        eta: accepted, without effect (the published pipeline has it for other samplers).
+        generator: one for the whole batch, as published, or one per image. Instead of `seed`.
+        latents: initial noise (B,C,h,w) of unit variance, where h and w are the model's size over `vae_scale_factor`.
+        prompt_embeds, prompt_attention_mask: embeddings (prompts,L,D) and mask (prompts,L) instead of `prompt`.
+        output_type: "pil", "np", "pt" or "latent", see `SanaSprintOutput`.
+        return_dict: False gives the tuple `(images,)`.
+        clean_caption: clean the prompts of what captions from the web bring along; needs ftfy and beautifulsoup4.
+        use_resolution_binning: draw at the trained size of the nearest aspect ratio, then resize and crop. False
+            draws the size itself, which must be a multiple of the pixels per token.
+        attention_kwargs: None or empty; its one published entry, a LoRA's "scale", needs a LoRA, and none is loaded.
+        callback_on_step_end: called after each step as `callback(pipeline, i, t, tensors)`; may return a dict of
+            tensors to go on with. An exception it raises ends the call.
+        callback_on_step_end_tensor_inputs: what `tensors` holds: "latents" (B,C,h,w), as published in data space (half
+            of unit variance), and "prompt_embeds" (B,L,D), one row per image.
+        max_sequence_length: text tokens per prompt at most. A longer prompt is cut, which is logged and reported.
+        complex_human_instruction: lines put before every prompt; the published ones by default, None for none.
+        seed: a number, for image i of the batch seed + i, or one per image. Random, and reported, if neither this nor
+            `generator` is given. Image i is the same picture whether it is made alone or in a batch.
+
+    Raises:
+        ValueError: for a bad argument, naming its value and what is allowed, before any computing.
+        NonFiniteError: if NaN or infinity turns up, naming the stage.
+        MemoryError: if the pictures cannot be decoded in the memory there is, not even in tiles.
+    """
+
+    published_class_name = "SanaSprintPipeline"
+
+    def __init__(self, tokenizer: Any, text_encoder: Any, vae: Any, transformer: Any, scheduler: Any) -> None:
+        super().__init__(
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            vae=vae,
+            transformer=transformer,
+            scheduler=scheduler,
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        num_inference_steps: int = 2,
+        timesteps: Sequence[float] | Tensor | None = None,
+        max_timesteps: float | None = PUBLISHED_MAX,
+        intermediate_timesteps: float | None = PUBLISHED_INTERMEDIATE,
+        guidance_scale: float | Sequence[float] | Tensor | None = 4.5,
+        num_images_per_prompt: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        eta: float = 0.0,
+        generator: Generators | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        clean_caption: bool = False,
+        use_resolution_binning: bool = True,
+        attention_kwargs: Mapping[str, Any] | None = None,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int = DEFAULT_MAX_SEQUENCE_LENGTH,
+        complex_human_instruction: Sequence[str] | None = COMPLEX_HUMAN_INSTRUCTION,
+        *,
+        seed: int | Sequence[int] | None = None,
+    ) -> SanaSprintOutput | tuple[Pictures]:
+        """See the class for arguments and errors."""
+        self._check_call(output_type, attention_kwargs, callback_on_step_end_tensor_inputs)
+        prompts = Prompts(prompt, prompt_embeds, prompt_attention_mask)
+        repeats = check_count("num_images_per_prompt", num_images_per_prompt)
+        guidance = guidance_per_image(self.transformer, guidance_scale, prompts.count, repeats)
+        times = schedule(
+            num_inference_steps,
+            timesteps=timesteps,
+            max_timesteps=max_timesteps,
+            intermediate_timesteps=intermediate_timesteps,
+        )
+        size = self._plan_size(height, width, use_resolution_binning)
+        generators, seeds = choose_generators(seed, generator, prompts.count * repeats)
+        noise = self._noise(latents, prompts.count * repeats, size, generators)
+        text = prompts.encode(
+            self.prompt_encoder, clean_caption, max_sequence_length, complex_human_instruction
+        )
+        conditioning = Conditioning.of(self.transformer, text, repeats, guidance)
+        hook = self._hook(callback_on_step_end, callback_on_step_end_tensor_inputs, conditioning)
+        u0 = self._draw(conditioning, noise, times, generators, hook)
+        images = u0 if output_type == "latent" else convert(fit(decode(self.vae, u0), size), output_type)
+        output = SanaSprintOutput.of(
+            images,
+            size,
+            seeds=seeds,
+            times=tuple(times),
+            guidance=guidance,
+            dtype=dtype_name(self.dtype),
+            lost_tokens=text.lost_tokens,
+        )
+        return output if return_dict else (images,)
+
+    def _check_call(
+        self, output_type: str, attention_kwargs: Mapping[str, Any] | None, tensor_names: Sequence[str]
+    ) -> None:
+        self.need("transformer", "scheduler", *(["vae"] if output_type != "latent" else []))
+        for name in self._modules():
+            check_dtype(name, getattr(self, name).dtype)
+        check_output_type(output_type)
+        check_tensor_inputs(tensor_names)
+        if unknown := sorted(set(attention_kwargs or {}) - {"scale"}):
+            raise ValueError(f"attention_kwargs may hold 'scale' only, got: {', '.join(unknown)}")
+        if attention_kwargs:
+            raise ValueError("attention_kwargs['scale'] is the strength of a LoRA, and no LoRA is loaded")
+
+    def _plan_size(self, height: int | None, width: int | None, use_binning: bool) -> Size:
+        config, ratio = self.transformer.config, self.vae_scale_factor
+        return plan_size(
+            height,
+            width,
+            native=config.sample_size * ratio,
+            multiple=config.patch_size * ratio,
+            use_binning=use_binning,
+        )
+
+    def _noise(self, latents: Tensor | None, num_images: int, size: Size, generators: Generators) -> Tensor:
+        """Initial noise (B,C,h,w) of unit variance, fp32: drawn, or the caller's."""
+        ratio, transformer = self.vae_scale_factor, self.transformer
+        shape = (
+            num_images,
+            transformer.config.in_channels,
+            size.model_height // ratio,
+            size.model_width // ratio,
+        )
+        if latents is None:
+            return draw_noise(shape, generators, device=transformer.device)
+        if latents.shape != shape:
+            raise ValueError(f"latents must be of shape {shape} for this call, got: {tuple(latents.shape)}")
+        return latents.to(transformer.device, torch.float32)
+
+    def _hook(
+        self, callback: StepCallback | None, names: Sequence[str], conditioning: Conditioning
+    ) -> StepHook | None:
+        if callback is None:
+            return None
+        return StepHook(callback, self, names, conditioning, self.scheduler.config.sigma_data)
+
+    def _draw(
+        self,
+        conditioning: Conditioning,
+        noise: Tensor,
+        times: Sequence[float],
+        generators: Generators,
+        hook: StepHook | None,
+    ) -> Tensor:
+        with self.progress_bar(len(times) - 1) as bar:
+
+            def on_step(i: int, t: float, u: Tensor) -> Tensor | None:
+                bar.update()
+                return None if hook is None else hook(i, t, u)
+
+            return draw_latents(conditioning, noise, times, generators, on_step=on_step)
