@@ -194,6 +194,14 @@ def test_linear_attention_sums_half_precision_inputs_in_fp32() -> None:
     assert torch.equal(linear_attention(q, q, v, 1), v.float())
 
 
+@torch.no_grad()
+def test_linear_attention_is_the_same_under_autocast() -> None:
+    q, k, v = torch.randn(3, 2, 16, 8).unbind()
+    expected = linear_attention(q, k, v, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(linear_attention(q, k, v, 2), expected)
+
+
 @pytest.mark.parametrize("name", ["sprint", "plain", "positions_patch2"])
 @torch.no_grad()
 def test_bf16_is_finite_and_near_fp32(name: str) -> None:
