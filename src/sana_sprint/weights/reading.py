@@ -1,0 +1,227 @@
+"""A model from its folder: whole and checked, or one clear error."""
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from sana_sprint.weights.files import (
+    CONFIG_NAME,
+    PICKLES,
+    WeightsError,
+    available_variants,
+    check_variant,
+    file_names,
+    first_few,
+    impostor,
+    index_names,
+    read_json,
+    weight_name,
+)
+
+
+class _Config(Protocol):
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+class _ConfigClass(Protocol):
+    def from_dict(self, fields: dict[str, Any], /) -> _Config: ...
+
+
+ModelT_co = TypeVar("ModelT_co", bound=nn.Module, covariant=True)
+
+
+class ModelClass(Protocol[ModelT_co]):
+    """What a class of `sana_sprint.models` offers to be read and written here."""
+
+    @property
+    def published_class_name(self) -> str: ...  # `_class_name` in config.json
+    @property
+    def config_class(self) -> _ConfigClass: ...
+    def __call__(self, config: Any, /) -> ModelT_co: ...
+
+
+def load_model(
+    cls: ModelClass[ModelT_co],
+    folder: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    variant: str | None = None,
+) -> ModelT_co:
+    """The model in `folder`, whole and in eval mode, or a `WeightsError`.
+
+    Floating-point tensors are cast to `dtype` one by one (None keeps the file's types). Where neither type nor device
+    changes, parameters are copy-on-write views of the memory-mapped file: loading reads nothing yet, and changing a
+    parameter does not change the file, but another program must not overwrite the file in place while the model lives
+    (`save_model` never does). Buffers that are not in files stay as the constructor made them, on `device`.
+
+    Raises `WeightsError` naming the folder and file: config.json absent, for another class or with unknown fields;
+    variant absent (those that exist are listed); only pickles; a file truncated or not safetensors; a missing shard;
+    keys missing, unexpected or of another shape; a device that does not work here.
+    """
+    folder = Path(folder)
+    check_variant(variant)
+    if dtype is not None and not dtype.is_floating_point:
+        raise WeightsError(f"weights can only be loaded in a floating-point dtype, got: {dtype}")
+    device = _usable_device(device)
+    config_path = folder / CONFIG_NAME
+    config = _read_config(cls, config_path)
+    listing, files = _weight_files(folder, variant)
+    try:
+        with _WeightsOnMeta():
+            model = cls(config)
+    except ValueError as error:
+        raise WeightsError(
+            f"{config_path} does not describe a {cls.published_class_name}: {error}"
+        ) from error
+
+    with ExitStack() as stack:
+        readers = _Readers((path, stack.enter_context(_open(path))) for path in files)
+        readers.check_fits(model, listing)
+        state = {key: _placed(reader.get_tensor(key), dtype, device) for key, reader in readers.items()}
+    model.load_state_dict(state, strict=True, assign=True)
+    stuck = [key for key, tensor in model.named_buffers() if tensor.is_meta]
+    assert not stuck, f"buffers that no file holds must not come from empty or random tensors: {stuck}"
+    return model.to(device).eval()
+
+
+class _WeightsOnMeta(TorchFunctionMode):
+    """While active, tensors of unset or unseeded random values are made on the meta device, all others as usual.
+
+    Such values are what weights start from and a file replaces: here they cost no memory, time or random numbers.
+    Computed values (angles, masks, indices) are real, so buffers that no file holds are right from the start.
+    """
+
+    UNSET = frozenset({torch.empty, torch.rand, torch.randn})
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in self.UNSET and kwargs.get("device") is None and kwargs.get("generator") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+class _Readers(dict[str, Any]):
+    """Key -> open safetensors file that holds it, over all files of one model."""
+
+    def __init__(self, opened: Iterable[tuple[Path, Any]]) -> None:
+        super().__init__()
+        for path, reader in opened:
+            if twice := [key for key in reader.keys() if key in self]:  # noqa: SIM118  (not a mapping)
+                raise WeightsError(f"{path} repeats keys of another shard: {first_few(twice)}")
+            self.update(dict.fromkeys(reader.keys(), reader))
+
+    def check_fits(self, model: nn.Module, listing: Path) -> None:
+        """Raise one error with every difference between the files and the model, before any tensor is read."""
+        wanted = model.state_dict()
+        differences = {
+            "missing": [key for key in wanted if key not in self],
+            "unexpected": [key for key in self if key not in wanted],
+            "of another shape or kind": [
+                difference
+                for key in wanted
+                if key in self and (difference := _difference(key, wanted[key], self[key].get_slice(key)))
+            ],
+        }
+        found = [f"{len(keys)} {kind}: {first_few(keys)}" for kind, keys in differences.items() if keys]
+        if found:
+            raise WeightsError(
+                f"{listing} does not fit {CONFIG_NAME} in {listing.parent} "
+                f"({type(model).__name__}, {len(wanted)} tensors): {'; '.join(found)}"
+            )
+
+
+def _difference(key: str, wanted: Tensor, stored: Any) -> str:
+    shape, kind = tuple(stored.get_shape()), stored.get_dtype()
+    if shape != tuple(wanted.shape):
+        return f"{key} is {shape}, the model's {tuple(wanted.shape)}"
+    if wanted.is_floating_point() != kind.startswith(("F", "BF")):
+        return f"{key} is {kind}, the model's {wanted.dtype}"
+    return ""
+
+
+def _placed(tensor: Tensor, dtype: torch.dtype | None, device: torch.device) -> Tensor:
+    return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+
+
+def _usable_device(device: str | torch.device) -> torch.device:
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter: torch was built without that kind of device
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise WeightsError(f"device {str(device)!r} does not work here: {reason}") from error
+    if device.type == "meta":
+        raise WeightsError("device 'meta' holds no weights; use a device such as 'cpu' or 'cuda'")
+    return device
+
+
+def _read_config(cls: ModelClass[nn.Module], path: Path) -> _Config:
+    fields = read_json(path)
+    name = fields.get("_class_name", cls.published_class_name)
+    if name != cls.published_class_name:
+        raise WeightsError(f"{path} describes a {name!r}, expected: {cls.published_class_name!r}")
+    try:
+        return cls.config_class.from_dict(fields)
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"{path}: {error}") from error
+
+
+def _weight_files(folder: Path, variant: str | None) -> tuple[Path, list[Path]]:
+    """(the file to name in messages, the files that hold the weights). As in diffusers an index goes first."""
+    for name in index_names(variant):
+        if (path := folder / name).is_file():
+            return path, _shards(path)
+    single = folder / weight_name(variant)
+    if single.is_file():
+        return single, [single]
+    raise WeightsError(
+        f"{folder} has neither {single.name} nor an index of its shards; {_what_is_there(folder)}"
+    )
+
+
+def _what_is_there(folder: Path) -> str:
+    names = file_names(folder)
+    if safetensors := [name for name in names if name.endswith(".safetensors")]:
+        variants = ", ".join(map(repr, available_variants(folder))) or "none"
+        return f"variants there: {variants}; files there: {first_few(safetensors)}"
+    if pickles := [name for name in names if Path(name).suffix in PICKLES]:
+        return f"only pickles, which are never read: {first_few(pickles)}; get or convert it to safetensors"
+    return "it has no safetensors files"
+
+
+def _shards(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise WeightsError(f"{index} has no `weight_map` from keys to files")
+    names = sorted(set(map(str, weight_map.values())))
+    if strange := [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]:
+        raise WeightsError(
+            f"{index} may only name .safetensors files of its own folder, got: {first_few(strange)}"
+        )
+    if missing := [name for name in names if not (index.parent / name).is_file()]:
+        raise WeightsError(f"{index} lists {len(names)} shards, {len(missing)} missing: {first_few(missing)}")
+    return [index.parent / name for name in names]
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except SafetensorError as error:
+        what = impostor(path) or f"truncated or not safetensors ({path.stat().st_size} bytes): {error}"
+        raise WeightsError(f"{path} is {what}") from error
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error}") from error
