@@ -30,9 +30,11 @@ MAX_BAD_STEPS = 20  # non-finite steps in a row after which the run stops
 
 
 class Stage(Protocol):
-    """What the loop needs of a stage. `module` holds everything that learns."""
+    """What the loop needs of a stage."""
 
-    module: nn.Module
+    @property
+    def module(self) -> nn.Module:
+        """Everything that learns."""
 
     def loss(self, step: int) -> tuple[Tensor, Metrics]:
         """The loss of the step's batch, and what to log."""

@@ -1,0 +1,228 @@
+"""One 1024 px picture at the published 1.6B size, ours beside diffusers: `python benchmarks/full_size.py FOLDER`.
+
+Writes a pipeline folder of the published shapes (Sprint transformer 1.6B, Gemma 2 2B, DC-AE f32c32) with random bf16
+weights, 9 GB, unless FOLDER already has it. Then each side runs in processes of its own, alternating: it loads the
+folder, makes a latent and decodes it, and reports the time of each stage and its peak memory. The latents must agree.
+
+The tokenizer is a stand-in (the real one cannot be made from nothing): byte-level, trained on the instruction, with
+Gemma's vocabulary size in the model. So prompts here have about as many tokens as real ones, not the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PROMPT = "a tiny astronaut hatching from an egg on the moon"
+STAGES = ("load", "text", "transformer", "decode", "total")
+TRANSFORMER = {
+    "num_attention_heads": 70,
+    "attention_head_dim": 32,
+    "num_layers": 20,
+    "num_cross_attention_heads": 20,
+    "cross_attention_head_dim": 112,
+    "cross_attention_dim": 2240,
+    "caption_channels": 2304,
+    "sample_size": 32,
+    "guidance_embeds": True,
+    "qk_norm": "rms_norm_across_heads",
+}
+AUTOENCODER = {
+    "encoder_block_types": ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
+    "decoder_block_types": ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
+    "encoder_qkv_multiscales": [[], [], [], [5], [5], [5]],
+    "decoder_qkv_multiscales": [[], [], [], [5], [5], [5]],
+    "encoder_layers_per_block": [2, 2, 2, 3, 3, 3],
+    "decoder_layers_per_block": [3, 3, 3, 3, 3, 3],
+    "downsample_block_type": "conv",
+    "upsample_block_type": "interpolate",
+    "scaling_factor": 0.41407,
+}
+GEMMA = {
+    "vocab_size": 256_000,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+}
+
+
+def main() -> None:
+    """Prints a table and one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--repeats", type=int, default=1, help="runs of each side")
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--size", type=int, default=1024)
+    parser.add_argument("--side", choices=("ours", "diffusers"), help="run one side here and print its JSON")
+    arguments = parser.parse_args()
+    if arguments.side:
+        print(json.dumps(run_side(arguments.side, arguments.folder, arguments.steps, arguments.size)))
+        return
+    if not (arguments.folder / "model_index.json").is_file():
+        make_folder(arguments.folder)
+    results: dict[str, list[dict[str, float]]] = {"ours": [], "diffusers": []}
+    for _ in range(arguments.repeats):
+        for side in results:
+            results[side].append(_subprocess(side, arguments))
+            print(f"{side}: {results[side][-1]}", file=sys.stderr)
+    report(results, latent_difference(arguments.folder), arguments)
+
+
+def make_folder(folder: Path) -> None:
+    """Writes the random-weight pipeline folder, one component at a time to keep memory low."""
+    from transformers import Gemma2Config, Gemma2Model
+
+    from sana_sprint.models.autoencoder import AutoencoderConfig, AutoencoderDC
+    from sana_sprint.models.transformer import SanaTransformer2DModel, TransformerConfig
+    from sana_sprint.sampling import SCMScheduler
+    from sana_sprint.train.student_stage import sprint_index
+    from sana_sprint.train.text import train_tokenizer
+    from sana_sprint.weights import save_model, write_model_index
+
+    tokenizer = train_tokenizer([PROMPT] * 100, 1024)
+    tokenizer.save_pretrained(str(folder / "tokenizer"))
+    builders: dict[str, Callable[[], Any]] = {
+        "transformer": lambda: SanaTransformer2DModel(TransformerConfig.from_dict(TRANSFORMER)),
+        "vae": lambda: AutoencoderDC(AutoencoderConfig.from_dict(AUTOENCODER)),
+        "text_encoder": lambda: Gemma2Model(Gemma2Config(**GEMMA)),
+    }
+    for name, build in builders.items():
+        model = random_weights(build)
+        if name == "text_encoder":
+            model.save_pretrained(str(folder / name))
+        else:
+            save_model(model, folder / name)
+        del model
+    SCMScheduler().save_pretrained(folder / "scheduler")
+    write_model_index(folder, sprint_index(type(tokenizer).__name__))
+
+
+def random_weights(build: Callable[[], Any]) -> Any:
+    """The module in bf16: matrices of fan-in scale, vectors as they are initialised (norm weights 1, biases 0)."""
+    with torch.device("meta"):
+        model = build()
+    model = model.to(torch.bfloat16).to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim < 2:
+                parameter.fill_(1.0 if name.endswith("weight") and "layernorm" not in name else 0.0)
+                continue
+            scale = 0.02 if "embed_tokens" in name else parameter[0].numel() ** -0.5
+            parameter.normal_(0, scale, generator=generator)
+    for module in model.modules():  # buffers that a checkpoint does not hold, such as rotary frequencies
+        if hasattr(module, "rope_init_fn") or type(module).__name__.endswith("RotaryEmbedding"):
+            fresh = type(module)(model.config)
+            module.load_state_dict(fresh.state_dict(), strict=False)
+            for key, buffer in fresh.named_buffers():
+                setattr(module, key, buffer)
+        elif hasattr(module, "embed_scale") and isinstance(module.embed_scale, torch.Tensor):
+            module.embed_scale = torch.tensor(model.config.hidden_size**0.5)
+    return model
+
+
+def run_side(side: str, folder: Path, steps: int, size: int) -> dict[str, float]:
+    """Loads the folder, makes the picture, saves its latent as `<folder>/latent-<side>.pt`; seconds and GiB."""
+    clock = Stopwatch()
+    if side == "ours":
+        from sana_sprint import SanaSprintPipeline
+    else:
+        from diffusers import SanaSprintPipeline
+    start = time.perf_counter()
+    pipe = SanaSprintPipeline.from_pretrained(str(folder), torch_dtype=torch.bfloat16)
+    clock.seconds["load"] = time.perf_counter() - start
+    pipe.set_progress_bar_config(disable=True)
+    pipe.text_encoder.forward = clock.around("text", pipe.text_encoder.forward)
+    pipe.transformer.forward = clock.around("transformer", pipe.transformer.forward)
+    pipe.vae.decode = clock.around("decode", pipe.vae.decode)
+
+    def keep_latent(_: Any, step: int, t: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if step == steps - 1:
+            torch.save(values["latents"].float(), folder / f"latent-{side}.pt")
+        return values
+
+    # diffusers refuses the intermediate time unless there are two steps
+    extra = {} if steps == 2 else {"intermediate_timesteps": None}
+    if side == "ours":
+        extra = {}
+    start = time.perf_counter()
+    pipe(
+        PROMPT,
+        num_inference_steps=steps,
+        height=size,
+        width=size,
+        generator=torch.Generator().manual_seed(0),
+        callback_on_step_end=keep_latent,
+        output_type="pt",
+        **extra,
+    )
+    clock.seconds["total"] = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {**{name: round(clock.seconds.get(name, 0.0), 2) for name in STAGES}, "peak_gib": round(peak, 2)}
+
+
+class Stopwatch:
+    """Adds up the seconds spent inside wrapped functions."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, timed under the name."""
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+        return timed
+
+
+def latent_difference(folder: Path) -> float:
+    """Root mean square of the latents' difference over that of the reference."""
+    ours, reference = (torch.load(folder / f"latent-{side}.pt", weights_only=True) for side in ("ours", "diffusers"))
+    return float((ours - reference).norm() / reference.norm())
+
+
+def report(results: dict[str, list[dict[str, float]]], difference: float, arguments: argparse.Namespace) -> None:
+    """The table of medians and ratios, then one JSON line."""
+    medians = {
+        side: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for side, runs in results.items()
+    }
+    print(f"{arguments.size} px, {arguments.steps} steps, bf16, {torch.get_num_threads()} threads, {platform.machine()}")
+    print("| stage | ours | diffusers | ratio |\n|---|---|---|---|")
+    for key in (*STAGES, "peak_gib"):
+        ours, theirs = medians["ours"][key], medians["diffusers"][key]
+        unit = "GiB" if key == "peak_gib" else "s"
+        print(f"| {key} | {ours:.2f} {unit} | {theirs:.2f} {unit} | {theirs / max(ours, 1e-9):.2f} |")
+    print(f"latents: relative difference {difference:.2e}")
+    print(json.dumps({"steps": arguments.steps, "size": arguments.size, "difference": difference, **medians}))
+
+
+def _subprocess(side: str, arguments: argparse.Namespace) -> dict[str, float]:
+    command = [sys.executable, __file__, str(arguments.folder), "--side", side]
+    command += ["--steps", str(arguments.steps), "--size", str(arguments.size)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+if __name__ == "__main__":
+    main()
