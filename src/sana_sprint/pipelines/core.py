@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,7 +84,10 @@ def guidance_per_image(
         return None
     if scale is None:
         raise ValueError("guidance_scale must be a number for this transformer, such as 4.5; got: None")
-    scales = [float(scale)] if isinstance(scale, int | float) else [float(value) for value in scale]
+    try:
+        scales = [float(value) for value in (scale if isinstance(scale, Iterable) else [scale])]
+    except (TypeError, ValueError):
+        raise ValueError(f"guidance_scale must be a number or a list of numbers, got: {scale!r}") from None
     if len(scales) == 1:
         scales *= num_prompts * repeats
     elif len(scales) == num_prompts:
