@@ -3,13 +3,16 @@
 import concurrent.futures
 import math
 import threading
+import time
 
 import numpy as np
 import pytest
 import torch
 
 from sana_sprint.models.autoencoder import AutoencoderDC
+from sana_sprint.models.text_encoder import PromptEncoder
 from sana_sprint.numerics import NonFiniteError
+from sana_sprint.pipelines.text_to_image import SanaSprintPipeline
 from sana_sprint.sampling import SCMScheduler
 from tests._pipeline import LONG, PROMPT, assert_same_pictures, pixels, seeded, tiny_pipeline
 
@@ -246,6 +249,26 @@ def test_two_threads_at_once_get_what_each_gets_alone():
             for output in found:
                 assert_same_pictures(output.images, expected.images)
                 assert (output.times, output.height) == (expected.times, expected.height)
+
+
+def test_pipelines_that_share_a_tokenizer_take_turns_with_it(monkeypatch):
+    """A tokenizer that is busy in one thread fails in another ("Already borrowed")."""
+    pipe = tiny_pipeline()
+    busy, overlaps = threading.Lock(), []
+    encode = PromptEncoder.encode
+
+    def watched(self, *args, **kwargs):
+        overlaps.append(not busy.acquire(blocking=False))
+        time.sleep(0.05)  # long enough for the others to arrive
+        if not overlaps[-1]:
+            busy.release()
+        return encode(self, *args, **kwargs)
+
+    monkeypatch.setattr(PromptEncoder, "encode", watched)
+    pipes = [pipe, SanaSprintPipeline.from_pipe(pipe), SanaSprintPipeline(**pipe.components)]
+    with concurrent.futures.ThreadPoolExecutor(len(pipes)) as pool:
+        list(pool.map(lambda one: one.encode_prompt(PROMPT), pipes))
+    assert overlaps == [False] * 3
 
 
 def test_a_call_changes_nothing_about_the_pipeline():

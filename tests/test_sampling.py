@@ -238,6 +238,13 @@ def test_scheduler_and_loop_agree():
     torch.testing.assert_close(found * 0.5, clean, atol=1e-6, rtol=0)  # scaling by 0.5 is exact, sums are not
 
 
+def test_scheduler_draws_no_noise_for_the_last_step():
+    scheduler, generator = SCMScheduler(), seeded()
+    scheduler.set_timesteps(1)
+    scheduler.step(normal(0), scheduler.timesteps[0], normal(1), generator=generator)
+    assert torch.equal(generator.get_state(), seeded().get_state())
+
+
 def test_step_needs_no_hidden_index_and_takes_a_batch_of_times():
     scheduler = SCMScheduler()
     scheduler.set_timesteps(2)

@@ -194,9 +194,8 @@ def decode(vae: Any, u0: Tensor) -> Tensor:
 
 def _decode_frugally(vae: Any, latent: Tensor) -> Tensor:
     """One by one, in tiles of half the longer side (or of the tiles there were), 1024 pixels at most."""
-    frugal = copy.copy(
-        vae
-    )  # shares the weights; the original keeps its settings, which other threads rely on
+    # A copy shares the weights; the original keeps its settings, which other threads rely on.
+    frugal = copy.copy(vae)
     ratio = vae.spatial_compression_ratio
     longest = max(latent.shape[2:] if vae.tiling is None else vae.tiling.tile)
     frugal.enable_slicing()
