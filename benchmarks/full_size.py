@@ -63,7 +63,9 @@ GEMMA = {
 
 def main() -> None:
     """Prints a table and one JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--repeats", type=int, default=1, help="runs of each side")
     parser.add_argument("--steps", type=int, default=2)
@@ -197,16 +199,23 @@ class Stopwatch:
 
 def latent_difference(folder: Path) -> float:
     """Root mean square of the latents' difference over that of the reference."""
-    ours, reference = (torch.load(folder / f"latent-{side}.pt", weights_only=True) for side in ("ours", "diffusers"))
+    ours, reference = (
+        torch.load(folder / f"latent-{side}.pt", weights_only=True) for side in ("ours", "diffusers")
+    )
     return float((ours - reference).norm() / reference.norm())
 
 
-def report(results: dict[str, list[dict[str, float]]], difference: float, arguments: argparse.Namespace) -> None:
+def report(
+    results: dict[str, list[dict[str, float]]], difference: float, arguments: argparse.Namespace
+) -> None:
     """The table of medians and ratios, then one JSON line."""
     medians = {
-        side: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for side, runs in results.items()
+        side: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        for side, runs in results.items()
     }
-    print(f"{arguments.size} px, {arguments.steps} steps, bf16, {torch.get_num_threads()} threads, {platform.machine()}")
+    print(
+        f"{arguments.size} px, {arguments.steps} steps, bf16, {torch.get_num_threads()} threads, {platform.machine()}"
+    )
     print("| stage | ours | diffusers | ratio |\n|---|---|---|---|")
     for key in (*STAGES, "peak_gib"):
         ours, theirs = medians["ours"][key], medians["diffusers"][key]

@@ -41,7 +41,9 @@ def autoencoder_run(output: Path, *, steps: int = 3) -> dict[str, Any]:
     }
 
 
-def teacher_run(output: Path, autoencoder: Path, *, steps: int = 3, optimizer: str = "muon") -> dict[str, Any]:
+def teacher_run(
+    output: Path, autoencoder: Path, *, steps: int = 3, optimizer: str = "muon"
+) -> dict[str, Any]:
     return {
         "stage": "teacher",
         "output": str(output),

@@ -22,7 +22,9 @@ def smooth_student(u: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     return torch.tanh(0.3 * u) * torch.cos(t)[:, None, None, None] + torch.sin(2 * t)[:, None, None, None]
 
 
-def central_difference(student: Denoiser, u: torch.Tensor, t: torch.Tensor, teacher_F: torch.Tensor) -> torch.Tensor:
+def central_difference(
+    student: Denoiser, u: torch.Tensor, t: torch.Tensor, teacher_F: torch.Tensor
+) -> torch.Tensor:
     h = 1e-6
     factor = torch.cos(t) * torch.sin(t)
     du = factor[:, None, None, None] * teacher_F
@@ -46,7 +48,12 @@ def test_tangent_equals_central_differences_for_a_whole_transformer() -> None:
 
 
 def paper_loss(
-    student: Denoiser, u: torch.Tensor, t: torch.Tensor, teacher_F: torch.Tensor, r: float, logvar: torch.Tensor
+    student: Denoiser,
+    u: torch.Tensor,
+    t: torch.Tensor,
+    teacher_F: torch.Tensor,
+    r: float,
+    logvar: torch.Tensor,
 ) -> torch.Tensor:
     """Algorithm 2 as printed, in data space: x_t, sigma_d and dx/dt, with c = 0.1 and the code's prior weight."""
     cos, sin = torch.cos(t)[:, None, None, None], torch.sin(t)[:, None, None, None]

@@ -97,7 +97,9 @@ def test_exported_autoencoder_gives_latents_of_unit_variance(chain: Path) -> Non
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(chain: Path, tmp_path: Path, optimizer: str) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(
+    chain: Path, tmp_path: Path, optimizer: str
+) -> None:
     autoencoder = chain / "autoencoder" / "final"
     values = teacher_run(tmp_path / "whole", autoencoder, steps=4, optimizer=optimizer)
     train(values)
@@ -128,7 +130,18 @@ def test_two_processes_see_the_whole_batch_once(tmp_path: Path) -> None:
     results = []
     for name, launcher in (
         ("one", [sys.executable]),
-        ("two", [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29611"]),
+        (
+            "two",
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--nproc-per-node",
+                "2",
+                "--master-port",
+                "29611",
+            ],
+        ),
     ):
         values = {**autoencoder_run(tmp_path / name, steps=1), "latent_noise": 0.0}
         script = tmp_path / f"{name}.py"
@@ -137,7 +150,9 @@ def test_two_processes_see_the_whole_batch_once(tmp_path: Path) -> None:
             "from sana_sprint.train import distributed; distributed.start()\n"
             f"from test_training import train; train({values!r}); distributed.stop()\n"
         )
-        subprocess.run([*launcher, str(script)], check=True, cwd=Path(__file__).parents[1], env=_environment())
+        subprocess.run(
+            [*launcher, str(script)], check=True, cwd=Path(__file__).parents[1], env=_environment()
+        )
         results.append(weights(tmp_path / name))
     # Adam's first step is the learning rate times the gradient's sign: where a gradient is all rounding error, signs
     # differ, so compare the bulk. Each process alone would see other pictures and differ nearly everywhere.
@@ -167,7 +182,9 @@ def test_the_student_starts_equal_to_its_teacher(chain: Path) -> None:
 
 def test_guidance_reaches_the_student(chain: Path) -> None:
     """After training, another guidance scale gives another output: with all-zero guidance layers it never could."""
-    run = parse({**student_run(chain / "guided", chain / "teacher" / "final", steps=4), "guidance_scales": [1.0, 9.0]})
+    run = parse(
+        {**student_run(chain / "guided", chain / "teacher" / "final", steps=4), "guidance_scales": [1.0, 9.0]}
+    )
     stage = StudentStage(run, report=silent)  # type: ignore[arg-type]
     loop.run(stage, run, report=silent)
     first = stage.transformer.get_parameter("time_embed.guidance_embedder.linear_2.weight")
@@ -222,7 +239,7 @@ def test_cached_latents_are_reused_only_for_the_same_autoencoder(chain: Path, tm
 
 
 def test_shuffling_visits_every_sample_once_an_epoch() -> None:
-    order = shuffled(range(0, 20), 10, seed=3).tolist()
+    order = shuffled(range(20), 10, seed=3).tolist()
     assert sorted(order[:10]) == sorted(order[10:]) == list(range(10))
     assert order[:10] != order[10:]
     assert shuffled(range(7, 12), 10, seed=3).tolist() == order[7:12]
@@ -241,7 +258,11 @@ def test_a_folder_of_pictures_and_captions_is_a_source(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("source", "message"),
-    [("no/such/folder", "neither a folder nor"), ("_training:nothing", "cannot be imported"), ("tests", "no pictures")],
+    [
+        ("no/such/folder", "neither a folder nor"),
+        ("_training:nothing", "cannot be imported"),
+        ("tests", "no pictures"),
+    ],
 )
 def test_bad_sources_are_named(source: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -33,7 +33,9 @@ def main() -> None:
     """Prints a Markdown table, then one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="emoji", help="the student: a name or a pipeline folder")
-    parser.add_argument("--teacher", type=Path, help="the teacher run's final folder; left out, only the student is scored")
+    parser.add_argument(
+        "--teacher", type=Path, help="the teacher run's final folder; left out, only the student is scored"
+    )
     parser.add_argument("--count", type=int, default=300, help="number of held-out prompts, a multiple of 6")
     parser.add_argument("--guidance", type=float, default=4.5)
     parser.add_argument("--teacher-steps", type=int, default=20)
@@ -44,12 +46,16 @@ def main() -> None:
     rows: dict[str, dict[str, float]] = {}
     if arguments.teacher:
         pictures = teacher_pictures(arguments.teacher, scenes, arguments.guidance, arguments.teacher_steps)
-        rows[f"teacher, {arguments.teacher_steps} guided steps"] = _score(pictures, scenes, arguments.out, "teacher")
+        rows[f"teacher, {arguments.teacher_steps} guided steps"] = _score(
+            pictures, scenes, arguments.out, "teacher"
+        )
     pipeline = SanaSprintPipeline.from_pretrained(arguments.model, torch_dtype=torch.bfloat16)
     pipeline.set_progress_bar_config(disable=True)
     for steps in (1, 2, 4):
         pictures = student_pictures(pipeline, scenes, arguments.guidance, steps)
-        rows[f"student, {steps} step{'s' * (steps > 1)}"] = _score(pictures, scenes, arguments.out, f"student{steps}")
+        rows[f"student, {steps} step{'s' * (steps > 1)}"] = _score(
+            pictures, scenes, arguments.out, f"student{steps}"
+        )
     psnr = autoencoder_psnr(pipeline.vae)
 
     print("| model | overall | " + " | ".join(TASKS) + " |")
@@ -60,7 +66,9 @@ def main() -> None:
     print(json.dumps({"count": len(scenes), "autoencoder_psnr": psnr, **rows}))
 
 
-def student_pictures(pipeline: SanaSprintPipeline, scenes: list[Scene], guidance: float, steps: int) -> list[Image.Image]:
+def student_pictures(
+    pipeline: SanaSprintPipeline, scenes: list[Scene], guidance: float, steps: int
+) -> list[Image.Image]:
     """One picture for each scene's caption, seeds 0, 1, 2, ..."""
     pictures: list[Image.Image] = []
     for start in range(0, len(scenes), BATCH):
@@ -86,7 +94,10 @@ def teacher_pictures(folder: Path, scenes: list[Scene], guidance: float, steps: 
     for start in range(0, len(scenes), BATCH):
         part = scenes[start : start + BATCH]
         noise = torch.stack(
-            [torch.randn(channels, size, size, generator=torch.Generator().manual_seed(start + i)) for i in range(len(part))]
+            [
+                torch.randn(channels, size, size, generator=torch.Generator().manual_seed(start + i))
+                for i in range(len(part))
+            ]
         )
         with torch.autocast("cpu", torch.bfloat16):
             embeddings = embed(encoder, [scene.caption for scene in part], instruction=True)
@@ -109,7 +120,9 @@ def autoencoder_psnr(autoencoder: AutoencoderDC) -> float:
     """Mean over unseen scenes of each picture's PSNR in dB."""
     pixels = np.stack([np.asarray(render(scene)) for scene in evaluation_scenes(300)])
     image = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div(127.5).sub(1)
-    restored = torch.cat([autoencoder.decode(autoencoder.encode(part.to(autoencoder.dtype))) for part in image.split(30)])
+    restored = torch.cat(
+        [autoencoder.decode(autoencoder.encode(part.to(autoencoder.dtype))) for part in image.split(30)]
+    )
     mse = (restored.float().clamp(-1, 1) - image).square().flatten(1).mean(1)
     return (10 * torch.log10(4 / mse)).mean().item()
 

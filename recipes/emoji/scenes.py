@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import zlib
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -124,7 +124,10 @@ def crowded(seed: int) -> Image.Image:
     canvas = Image.new("RGB", (SIZE, SIZE), rng.choice(list(words.BACKGROUNDS.values())))
     for x, y in _LAYOUTS[4]:
         sprite = artwork(rng.choice(list(words.KINDS)), rng.randint(46, 90))
-        corner = (round(x + rng.uniform(-12, 12) - sprite.width / 2), round(y + rng.uniform(-12, 12) - sprite.height / 2))
+        corner = (
+            round(x + rng.uniform(-12, 12) - sprite.width / 2),
+            round(y + rng.uniform(-12, 12) - sprite.height / 2),
+        )
         canvas.paste(sprite, corner, sprite)
     return canvas
 
@@ -136,7 +139,7 @@ def _font() -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(FONT_PATH), 109)  # the one size that its bitmaps have
 
 
-@lru_cache(maxsize=None)
+@cache
 def _glyph(kind: str) -> Image.Image:
     canvas = Image.new("RGBA", (180, 180), (0, 0, 0, 0))
     ImageDraw.Draw(canvas).text((20, 20), words.KINDS[kind], font=_font(), embedded_color=True)
@@ -166,10 +169,7 @@ def _differently_colored(rng: random.Random) -> list[str]:
 
 
 def _place(kinds: list[str], count: int, relation: str | None, rng: random.Random) -> tuple[Placed, ...]:
-    if relation in ("above", "below"):
-        spots = _ABOVE_BELOW
-    else:
-        spots = _LAYOUTS[count]
+    spots = _ABOVE_BELOW if relation in ("above", "below") else _LAYOUTS[count]
     names = kinds * count if len(kinds) == 1 else list(kinds)
     if relation in ("right of", "below") or (relation is None and rng.random() < 0.5):
         names.reverse()
@@ -180,7 +180,9 @@ def _place(kinds: list[str], count: int, relation: str | None, rng: random.Rando
     )
 
 
-def _caption(kinds: list[str], count: int, relation: str | None, background: str | None, rng: random.Random) -> str:
+def _caption(
+    kinds: list[str], count: int, relation: str | None, background: str | None, rng: random.Random
+) -> str:
     nouns = [rng.choice((kind, kind, *words.SYNONYMS.get(kind, ()))) for kind in kinds]
     if len(nouns) == 1:
         noun = nouns[0]

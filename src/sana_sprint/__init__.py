@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from sana_sprint.models.autoencoder import AutoencoderDC
     from sana_sprint.models.text_encoder import PromptEncoder
     from sana_sprint.models.transformer import SanaTransformer2DModel
-    from sana_sprint.pipelines.text_to_image import SanaSprintOutput, SanaSprintPipeline
+    from sana_sprint.pipelines.output import SanaSprintOutput
+    from sana_sprint.pipelines.text_to_image import SanaSprintPipeline
     from sana_sprint.sampling import SCMScheduler
     from sana_sprint.weights import WeightsError
 
@@ -32,7 +33,7 @@ _HOME = {
     "AutoencoderDC": "models.autoencoder",
     "PromptEncoder": "models.text_encoder",
     "SCMScheduler": "sampling",
-    "SanaSprintOutput": "pipelines.text_to_image",
+    "SanaSprintOutput": "pipelines.output",
     "SanaSprintPipeline": "pipelines.text_to_image",
     "SanaTransformer2DModel": "models.transformer",
     "WeightsError": "weights",

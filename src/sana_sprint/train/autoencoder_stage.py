@@ -12,9 +12,10 @@ from torch import Tensor
 from sana_sprint.images import grid, to_pil
 from sana_sprint.models.autoencoder import AutoencoderConfig, AutoencoderDC
 from sana_sprint.train.config import AutoencoderRun
-from sana_sprint.train.data import open_source, pictures
+from sana_sprint.train.data import channels_last, open_source, pictures
 from sana_sprint.train.distributed import own_indices
 from sana_sprint.train.loop import Metrics
+from sana_sprint.weights import save_model
 
 VALIDATION_START = 1_000_000_000  # sample indices no run trains on
 NUM_VALIDATION = 128
@@ -26,7 +27,7 @@ class AutoencoderStage:
     def __init__(self, config: AutoencoderRun) -> None:
         torch.manual_seed(config.seed)
         self.config = config
-        self.module = AutoencoderDC(AutoencoderConfig.from_dict(config.model)).to(memory_format=torch.channels_last)
+        self.module = channels_last(AutoencoderDC(AutoencoderConfig.from_dict(config.model)))
         self.source = open_source(config.data.source)
 
     def loss(self, step: int) -> tuple[Tensor, Metrics]:
@@ -34,7 +35,9 @@ class AutoencoderStage:
         image, _ = pictures(self.source, own_indices(step, self.config.schedule.batch_size))
         with self._autocast():
             latent = self.module.encode(image).float()
-            restored = self.module.decode(latent + self.config.latent_noise * torch.randn_like(latent)).float()
+            restored = self.module.decode(
+                latent + self.config.latent_noise * torch.randn_like(latent)
+            ).float()
         difference = restored - image
         mse = difference.square().mean()
         loss = difference.abs().mean() + mse + self.config.latent_weight * latent.square().mean()
@@ -44,7 +47,9 @@ class AutoencoderStage:
         """PSNR (dB, peak-to-peak 2) on unseen pictures; originals above reconstructions as a picture."""
         image, _ = pictures(self.source, range(VALIDATION_START, VALIDATION_START + NUM_VALIDATION))
         with self._autocast():
-            restored = torch.cat([self.module.decode(self.module.encode(part)) for part in image.split(16)])
+            restored = torch.cat(
+                [self.module.decode(self.module.encode(part)) for part in torch.split(image, 16)]
+            )
         restored = restored.float().clamp(-1, 1)
         folder.mkdir(parents=True, exist_ok=True)
         grid(to_pil(torch.cat([image[:8], restored[:8], image[8:16], restored[8:16]])), columns=8).save(
@@ -56,11 +61,9 @@ class AutoencoderStage:
         """Writes the autoencoder's folder, its scaling factor set so that latents have unit variance."""
         image, _ = pictures(self.source, range(512))
         with self._autocast():
-            latent = torch.cat([self.module.encode(part) for part in image.split(32)]).float()
+            latent = torch.cat([self.module.encode(part) for part in torch.split(image, 32)]).float()
         config = replace(self.module.config, scaling_factor=round(1 / float(latent.std()), 5))
         self.module.config = config
-        from sana_sprint.weights import save_model
-
         save_model(self.module, folder)
 
     def _autocast(self) -> torch.autocast:

@@ -17,7 +17,9 @@ from sana_sprint.prompts import COMPLEX_HUMAN_INSTRUCTION
 
 def embed(encoder: PromptEncoder, captions: Sequence[str], *, instruction: bool) -> PromptEmbeddings:
     """Embeddings of captions, with or without the complex human instruction in front."""
-    return encoder.encode(captions, complex_human_instruction=COMPLEX_HUMAN_INSTRUCTION if instruction else None)
+    return encoder.encode(
+        captions, complex_human_instruction=COMPLEX_HUMAN_INSTRUCTION if instruction else None
+    )
 
 
 def drop_captions(mask: Tensor, dropped: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from sana_sprint.models.autoencoder import AutoencoderDC
+
 _PICTURES = {".jpeg", ".jpg", ".png", ".webp"}
 Sample = tuple[np.ndarray, str]
 Source = Callable[[int], Sample]
@@ -43,6 +45,12 @@ def pictures(source: Source, indices: Sequence[int]) -> tuple[Tensor, list[str]]
     samples = [source(index) for index in indices]
     stacked = torch.from_numpy(np.stack([image for image, _ in samples]))
     return stacked.permute(0, 3, 1, 2).float().div(127.5).sub(1), [caption for _, caption in samples]
+
+
+def channels_last(autoencoder: AutoencoderDC) -> AutoencoderDC:
+    """The autoencoder with its weights in channels_last memory, as batches of `pictures` are: no copies between layers."""
+    autoencoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs leave it out
+    return autoencoder
 
 
 def _from_function(source: str) -> Source:

@@ -5,6 +5,8 @@ x_s = (1-s) x_0 + s z with s from 0 (data) to 1 (noise); the network predicts v 
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 
@@ -41,7 +43,7 @@ def sample_flow(velocity: Velocity, noise: Tensor, *, num_steps: int = 20, shift
     even = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
     times = (shift * even / (1 + (shift - 1) * even)).tolist()
     x = noise
-    for s, s_next in zip(times, times[1:], strict=False):
+    for s, s_next in itertools.pairwise(times):
         v = velocity(x, torch.full((len(x),), s, device=x.device))
         x = x + (s_next - s) * v.float()
     return x

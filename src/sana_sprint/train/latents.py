@@ -60,10 +60,12 @@ def shuffled(indices: range, count: int, seed: int) -> Tensor:
     stream = torch.tensor(list(indices))
     epochs = stream // count
     orders = {
-        int(epoch): torch.randperm(count, generator=torch.Generator().manual_seed(seed * 7919 + int(epoch)))
-        for epoch in epochs.unique()
+        epoch: torch.randperm(count, generator=torch.Generator().manual_seed(seed * 7919 + epoch))
+        for epoch in set(epochs.tolist())
     }
-    return torch.stack([orders[int(epoch)][position] for epoch, position in zip(epochs, stream % count, strict=True)])
+    return torch.stack(
+        [orders[int(epoch)][position] for epoch, position in zip(epochs, stream % count, strict=True)]
+    )
 
 
 def _encode(path: Path, source: str, num_samples: int, autoencoder: AutoencoderDC) -> None:
@@ -77,7 +79,9 @@ def _encode(path: Path, source: str, num_samples: int, autoencoder: AutoencoderD
         parts.append((latent.float() * autoencoder.config.scaling_factor).bfloat16().cpu())
         captions += texts
     partial = path.with_suffix(".partial")
-    save_file({"latents": torch.cat(parts).contiguous()}, partial, metadata={"captions": json.dumps(captions)})
+    save_file(
+        {"latents": torch.cat(parts).contiguous()}, partial, metadata={"captions": json.dumps(captions)}
+    )
     os.replace(partial, path)
 
 

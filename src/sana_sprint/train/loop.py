@@ -11,6 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -82,7 +83,7 @@ def run(stage: Stage, config: AnyRun, *, report: Report) -> None:
         if done % schedule.save_every == 0 or is_last:
             save_checkpoint(config.output, done, learner.state())
         if done % schedule.sample_every == 0 or is_last:
-            measured = learner.averaged(lambda done=done: stage.validate(config.output / "samples", done))
+            measured = learner.averaged(partial(stage.validate, config.output / "samples", done))
             _log(config.output, {"step": done, **measured})
             report(f"step {done}: " + ", ".join(f"{name} {value:.4g}" for name, value in measured.items()))
     progress.close()
@@ -122,7 +123,9 @@ class _Learner:
         else:
             self.bad_steps += 1
             if self.bad_steps >= MAX_BAD_STEPS:
-                raise RuntimeError(f"{self.bad_steps} steps in a row were not finite, the last at step {step}")
+                raise RuntimeError(
+                    f"{self.bad_steps} steps in a row were not finite, the last at step {step}"
+                )
         self.module.zero_grad(set_to_none=True)
         return {"loss": value, "grad_norm": grad_norm, **metrics}
 

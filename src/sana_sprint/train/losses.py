@@ -23,9 +23,9 @@ def scaled_tangent(student: Denoiser, u: Tensor, t: Tensor, teacher_F: Tensor) -
     """
     factor = torch.cos(t) * torch.sin(t)
     with torch.no_grad():
-        _, tangent = torch.func.jvp(student, (u, t), (expand_like(factor, u) * teacher_F, factor))
-    result: Tensor = tangent.float()
-    return result
+        # [1]: the tangent; the primal is the output, which the caller gets from its own forward pass
+        tangent: Tensor = torch.func.jvp(student, (u, t), (expand_like(factor, u) * teacher_F, factor))[1]
+    return tangent.float()
 
 
 def consistency_target(

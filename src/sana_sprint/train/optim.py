@@ -18,13 +18,22 @@ def make_optimizers(module: nn.Module, config: OptimizerConfig) -> list[Optimize
     Embeddings, the first and last layers, vectors and convolutions stay with AdamW: Muon's orthogonalised
     update is meant for matrices that map hidden features to hidden features.
     """
-    adam: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "weight_decay": config.weight_decay}
+    adam: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": config.betas,
+        "weight_decay": config.weight_decay,
+    }
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     if config.name == "adamw":
         return [AdamW([p for _, p in named], **adam)]
     matrices = [p for name, p in named if p.ndim == 2 and min(p.shape) > 32 and "embed" not in name]
     chosen = {id(p) for p in matrices}
-    muon = Muon(matrices, lr=config.matrix_learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+    muon = Muon(
+        matrices,
+        lr=config.matrix_learning_rate,
+        weight_decay=config.weight_decay,
+        adjust_lr_fn="match_rms_adamw",
+    )
     return [muon, AdamW([p for _, p in named if id(p) not in chosen], **adam)]
 
 

@@ -18,7 +18,7 @@ from sana_sprint.sampling import SCMScheduler, sample, schedule
 from sana_sprint.train import distributed
 from sana_sprint.train.conditioning import embed, unconditional
 from sana_sprint.train.config import StudentRun
-from sana_sprint.train.data import open_source
+from sana_sprint.train.data import channels_last, open_source
 from sana_sprint.train.latents import cached_latents, shuffled
 from sana_sprint.train.loop import Metrics, Report
 from sana_sprint.train.losses import consistency_target, scaled_tangent, scm_loss
@@ -46,10 +46,12 @@ class StudentStage:
     def __init__(self, config: StudentRun, *, report: Report) -> None:
         torch.manual_seed(config.seed)
         self.config = config
-        self.teacher = load_model(SanaTransformer2DModel, config.teacher / "transformer").requires_grad_(False)
+        self.teacher = load_model(SanaTransformer2DModel, config.teacher / "transformer").requires_grad_(
+            False
+        )
         text_encoder = load_text_encoder(config.teacher / "text_encoder").requires_grad_(False)
         self.encoder = PromptEncoder(load_tokenizer(config.teacher / "tokenizer"), text_encoder)
-        self.autoencoder = load_model(AutoencoderDC, config.teacher / "vae").to(memory_format=torch.channels_last)
+        self.autoencoder = channels_last(load_model(AutoencoderDC, config.teacher / "vae"))
         self.cache = cached_latents(
             config.output.parent, config.data.source, config.data.num_samples, self.autoencoder, report=report
         )
@@ -148,7 +150,9 @@ def with_guidance(teacher: SanaTransformer2DModel) -> SanaTransformer2DModel:
     Only the last: were the first layer zero too, neither would ever get a gradient.
     """
     student = SanaTransformer2DModel(replace(teacher.config, guidance_embeds=True))
-    state = {name.replace("time_embed.emb.", "time_embed."): value for name, value in teacher.state_dict().items()}
+    state = {
+        name.replace("time_embed.emb.", "time_embed."): value for name, value in teacher.state_dict().items()
+    }
     embedder = "time_embed.guidance_embedder"
     nn.init.normal_(student.get_parameter(f"{embedder}.linear_1.weight"), std=0.02)
     nn.init.zeros_(student.get_parameter(f"{embedder}.linear_1.bias"))

@@ -16,7 +16,7 @@ from sana_sprint.models.transformer import CaptionContext, SanaTransformer2DMode
 from sana_sprint.train import distributed
 from sana_sprint.train.conditioning import drop_captions, embed, unconditional
 from sana_sprint.train.config import TeacherRun
-from sana_sprint.train.data import open_source
+from sana_sprint.train.data import channels_last, open_source
 from sana_sprint.train.flow import flow_loss, guided, logit_normal_times, sample_flow
 from sana_sprint.train.latents import cached_latents, shuffled
 from sana_sprint.train.loop import Metrics, Report
@@ -37,7 +37,7 @@ class TeacherStage:
     def __init__(self, config: TeacherRun, *, report: Report) -> None:
         torch.manual_seed(config.seed)
         self.config = config
-        self.autoencoder = load_model(AutoencoderDC, config.autoencoder).to(memory_format=torch.channels_last)
+        self.autoencoder = channels_last(load_model(AutoencoderDC, config.autoencoder))
         self.cache = cached_latents(
             config.output.parent, config.data.source, config.data.num_samples, self.autoencoder, report=report
         )
@@ -58,7 +58,9 @@ class TeacherStage:
             instruction = float(torch.rand(())) < self.config.instruction_rate
             embeddings = embed(self.encoder, captions, instruction=instruction)
             dropped = torch.rand(len(u0)) < self.config.data.caption_dropout
-            context = self.transformer.encode_caption(embeddings.embeds, drop_captions(embeddings.mask, dropped))
+            context = self.transformer.encode_caption(
+                embeddings.embeds, drop_captions(embeddings.mask, dropped)
+            )
             flow_t = logit_normal_times(len(u0), mean=self.config.time_mean, std=self.config.time_std)
             losses = flow_loss(self._velocity(context), u0, torch.randn_like(u0), flow_t)
         low, high = losses.detach()[flow_t < 0.5], losses.detach()[flow_t >= 0.5]
@@ -107,9 +109,7 @@ class TeacherStage:
 def _initialise(transformer: SanaTransformer2DModel) -> None:
     """DiT's start (arXiv 2212.09748, sec. 3.2): every block is the identity, the output is zero."""
     for name, parameter in transformer.named_parameters():
-        if name.endswith("to_out.0.weight") or name.endswith("proj_out.weight"):
-            nn.init.zeros_(parameter)
-        elif name.endswith("to_out.0.bias") or name.endswith("proj_out.bias"):
+        if name.endswith(("to_out.0.weight", "proj_out.weight", "to_out.0.bias", "proj_out.bias")):
             nn.init.zeros_(parameter)
         elif parameter.ndim == 2 and "scale_shift_table" not in name:
             nn.init.xavier_uniform_(parameter)

@@ -38,9 +38,11 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedToken
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", SPECIAL_TOKENS.index("<bos>"))]
     )
-    return PreTrainedTokenizerFast(
+    wrap: Any = PreTrainedTokenizerFast  # transformers leaves it untyped
+    wrapped: PreTrainedTokenizerBase = wrap(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
     )
+    return wrapped
 
 
 def make_text_encoder(vocab_size: int, settings: Mapping[str, Any]) -> Gemma2Model:
