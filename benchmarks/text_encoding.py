@@ -1,9 +1,9 @@
-"""Text encoding at the size of Gemma-2-2b: our encoder against the published padded procedure, on the same weights.
+"""Text encoding at the size of Gemma-2-2b: our encoder and the published padded procedure on the same weights.
 
     OMP_NUM_THREADS=2 python benchmarks/text_encoding.py
 
-The weights are random (the sizes decide the time, not the values) and take 5.2 GB in bf16. The two sides take turns,
-so that whatever else the machine does meets both. Prints a table, then one JSON line.
+The weights are random (the sizes decide the time, not the values) and take 5.2 GB in bf16. The two sides take
+turns, so that whatever else the machine does meets both. Prints a table, then one JSON line.
 """
 
 import argparse
@@ -25,7 +25,7 @@ SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """A token for up to eight letters with the blank before them and for each mark: about as many as Gemma's gives."""
+    """A token per mark and per eight letters with the blank before them: about as many as Gemma's gives."""
     text = "\n".join(COMPLEX_HUMAN_INSTRUCTION) + PROMPT
     split = pre_tokenizers.Split(Regex(r" ?\w{1,8}| ?[^\w\s]|\s"), "isolated")
     words = dict.fromkeys(word for word, _ in split.pre_tokenize_str(f"{text} "))
@@ -38,7 +38,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def random_gemma(num_layers: int) -> Gemma2Model:
-    """Gemma-2-2b's shape in bf16. One block of random numbers, repeated, fills billions of weights in seconds."""
+    """Gemma-2-2b's shape in bf16. One block of random numbers, repeated, fills it in seconds."""
     config = Gemma2Config(
         vocab_size=256_000,
         hidden_size=2304,
