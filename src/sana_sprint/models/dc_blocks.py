@@ -1,7 +1,8 @@
 """The blocks a deep-compression autoencoder (DC-AE, arXiv 2410.10733) is made of.
 
-Everything is (B,C,H,W); attribute names are the published checkpoint keys. Memory is best kept in
-channels_last, where normalising over channels and 1x1 convolutions need no copies.
+Everything is (B,C,H,W) in channels_last memory, where normalising over channels, 1x1 maps and attention read
+their inputs through views; each block returns what it was given, channels_last. Attribute names are the published
+checkpoint keys. Configurations are checked in `autoencoder.py`: here wrong sizes fail as torch reports them.
 """
 
 from __future__ import annotations
@@ -10,24 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sana_sprint.models.layers import autocast_off, wide_dtype
+
 _EPS = 1e-15  # keeps linear attention's quotient defined where every ReLU feature is zero
-_ACTIVATIONS = {"silu": nn.SiLU, "relu": nn.ReLU, "relu6": nn.ReLU6}
-
-
-def make_activation(name: str) -> nn.Module:
-    """The activation called `name`; ValueError lists the known ones."""
-    if name not in _ACTIVATIONS:
-        raise ValueError(f"unknown activation {name!r}; allowed: {', '.join(sorted(_ACTIVATIONS))}")
-    return _ACTIVATIONS[name]()
-
-
-def make_norm(name: str, channels: int) -> nn.Module:
-    """The normalisation called `name` over `channels`; ValueError lists the known ones."""
-    if name == "rms_norm":
-        return ChannelRMSNorm(channels)
-    if name == "batch_norm":
-        return nn.BatchNorm2d(channels)
-    raise ValueError(f"unknown normalisation {name!r}; allowed: batch_norm, rms_norm")
 
 
 class ChannelRMSNorm(nn.Module):
@@ -40,9 +26,24 @@ class ChannelRMSNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.movedim(1, -1)  # a view without a copy in channels_last
-        x = F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype)
-        return torch.addcmul(self.bias.to(x.dtype), x, self.weight.to(x.dtype)).movedim(-1, 1)
+        pixels = x.movedim(1, -1)
+        normed = F.rms_norm(pixels.to(wide_dtype(x)), self.weight.shape, None, self.eps).to(x.dtype)
+        return torch.addcmul(self.bias.to(x.dtype), normed, self.weight.to(x.dtype)).movedim(-1, 1)
+
+
+# By their names in a config.json. relu6 is known to the original DC-AE code only, the others to diffusers too.
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "gelu": nn.GELU,
+    "mish": nn.Mish,
+    "relu": nn.ReLU,
+    "relu6": nn.ReLU6,
+    "silu": nn.SiLU,
+    "swish": nn.SiLU,
+}
+NORMS: dict[str, type[ChannelRMSNorm] | type[nn.BatchNorm2d]] = {
+    "batch_norm": nn.BatchNorm2d,
+    "rms_norm": ChannelRMSNorm,
+}
 
 
 class ResBlock(nn.Module):
@@ -50,13 +51,14 @@ class ResBlock(nn.Module):
 
     def __init__(self, channels: int, norm: str, activation: str) -> None:
         super().__init__()
-        self.nonlinearity = make_activation(activation)
+        self.nonlinearity = ACTIVATIONS[activation]()
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm = make_norm(norm, channels)
+        self.norm = NORMS[norm](channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.norm(self.conv2(self.nonlinearity(self.conv1(x))))
+        out: Tensor = x + self.norm(self.conv2(self.nonlinearity(self.conv1(x))))
+        return out
 
 
 class EfficientViTBlock(nn.Module):
@@ -68,41 +70,36 @@ class EfficientViTBlock(nn.Module):
         self.conv_out = GatedConv(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv_out(self.attn(x))
+        out: Tensor = self.conv_out(self.attn(x))
+        return out
 
 
 class MultiscaleLinearAttention(nn.Module):
-    """ReLU linear attention over all pixels; q, k, v also seen through depthwise kernels of given sizes.
-
-    Small grids (no more pixels than a head has channels) use the equal quadratic form, as published.
-    """
+    """ReLU linear attention over all pixels; q, k, v also seen through depthwise kernels of given (odd) sizes."""
 
     def __init__(self, channels: int, head_dim: int, kernel_sizes: tuple[int, ...], norm: str) -> None:
         super().__init__()
         self.head_dim = head_dim
-        inner = channels // head_dim * head_dim
+        num_heads = channels // head_dim
+        inner = num_heads * head_dim
         self.to_q = nn.Linear(channels, inner, bias=False)
         self.to_k = nn.Linear(channels, inner, bias=False)
         self.to_v = nn.Linear(channels, inner, bias=False)
-        self.to_qkv_multiscale = nn.ModuleList(
-            _QKVScale(inner, inner // head_dim, size) for size in kernel_sizes
-        )
+        self.to_qkv_multiscale = nn.ModuleList(_QKVScale(inner, num_heads, size) for size in kernel_sizes)
         self.to_out = nn.Linear(inner * (1 + len(kernel_sizes)), channels, bias=False)
-        self.norm_out = make_norm(norm, channels)
+        self.norm_out = NORMS[norm](channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, _, height, width = x.shape
+        height, width = x.shape[-2:]
         pixels = x.movedim(1, -1)
         qkv = torch.cat([self.to_q(pixels), self.to_k(pixels), self.to_v(pixels)], dim=-1).movedim(-1, 1)
         scales = torch.cat([qkv, *(scale(qkv) for scale in self.to_qkv_multiscale)], dim=1)
-        # (B, heads of all scales, 3E, N): the channels are laid out [q|k|v] per head, as published.
-        heads = scales.reshape(batch, -1, 3 * self.head_dim, height * width)
-        q, k, v = heads.chunk(3, dim=2)
-        mixed = (
-            _linear_attention(q, k, v) if height * width > self.head_dim else _quadratic_attention(q, k, v)
-        )
-        out = self.to_out(mixed.reshape(batch, -1, height, width).movedim(1, -1)).movedim(-1, 1)
-        return x + self.norm_out(out)
+        # As published, a head is any 3E channels in a row, [q|k|v], whichever projection they came from.
+        heads = torch.unflatten(scales.movedim(1, -1).flatten(1, 2), -1, (-1, 3 * self.head_dim))
+        mixed = _linear_attention(heads.transpose(1, 2)).transpose(1, 2).flatten(2)  # (B,N,heads*E)
+        change = self.to_out(torch.unflatten(mixed, 1, (height, width))).movedim(-1, 1)
+        out: Tensor = x + self.norm_out(change)
+        return out
 
 
 class _QKVScale(nn.Module):
@@ -117,31 +114,30 @@ class _QKVScale(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, 1, groups=3 * num_heads, bias=False)
 
     def forward(self, qkv: Tensor) -> Tensor:
-        return self.proj_out(self.proj_in(qkv))
+        out: Tensor = self.proj_out(self.proj_in(qkv))
+        return out
 
 
-def _linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """(v k^T) q over its row sums, in fp32: the sums over all pixels overflow fp16 and lose bf16's bits."""
-    with torch.autocast(q.device.type, enabled=False):
-        queries, keys, values = torch.relu(q).float(), torch.relu(k).float(), v.float()
-        memory = values @ keys.transpose(-1, -2)  # (B,heads,E,E)
-        weight = keys.sum(dim=-1, keepdim=True).transpose(-1, -2) @ queries  # (B,heads,1,N)
-        return (memory @ queries / (weight + _EPS)).to(v.dtype)
+def _linear_attention(heads: Tensor) -> Tensor:
+    """`relu(q) (relu(k)^T v) / (relu(q) sum relu(k))`: heads (B,heads,N,3E), which is [q|k|v] -> (B,heads,N,E).
 
-
-def _quadratic_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    weights = torch.relu(k).transpose(-1, -2) @ torch.relu(q)  # (B,heads,N keys,N queries)
-    weights = weights.float()
-    weights = weights / (weights.sum(dim=2, keepdim=True) + _EPS)
-    return v @ weights.to(v.dtype)
+    In fp32: sums over all pixels overflow fp16 and lose bf16's bits. The published code takes the quadratic form
+    on grids of few pixels, which is the same sum in another order.
+    """
+    with autocast_off(heads.device):
+        wide = heads.to(wide_dtype(heads), memory_format=torch.contiguous_format)
+        q, k, v = wide.chunk(3, dim=-1)
+        q, k = torch.relu(q), torch.relu(k)
+        weight = q @ k.sum(dim=-2).unsqueeze(-1)  # (B,heads,N,1)
+        return (q @ (k.transpose(-1, -2) @ v) / (weight + _EPS)).to(heads.dtype)
 
 
 class GatedConv(nn.Module):
     """GLUMBConv with residual and norm: 1x1 expand, SiLU, depthwise 3x3, gate, 1x1, RMS norm."""
 
-    def __init__(self, channels: int, expand_ratio: float = 4.0) -> None:
+    def __init__(self, channels: int, expand_ratio: int = 4) -> None:
         super().__init__()
-        hidden = int(channels * expand_ratio)
+        hidden = channels * expand_ratio
         self.conv_inverted = nn.Conv2d(channels, 2 * hidden, 1)
         self.conv_depth = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden)
         self.conv_point = nn.Conv2d(hidden, channels, 1, bias=False)
@@ -149,7 +145,8 @@ class GatedConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.conv_depth(F.silu(self.conv_inverted(x))).chunk(2, dim=1)
-        return x + self.norm(self.conv_point(value * F.silu(gate)))
+        out: Tensor = x + self.norm(self.conv_point(value * F.silu(gate)))
+        return out
 
 
 class DownBlock(nn.Module):
@@ -160,18 +157,14 @@ class DownBlock(nn.Module):
         self.unshuffle = unshuffle
         self.shortcut = shortcut
         self.out_channels = out_channels
-        if unshuffle and out_channels % 4:
-            raise ValueError(f"pixel_unshuffle needs channels divisible by 4; got {out_channels}")
         conv_channels, stride = (out_channels // 4, 1) if unshuffle else (out_channels, 2)
         self.conv = nn.Conv2d(in_channels, conv_channels, 3, stride=stride, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x)
+        y: Tensor = self.conv(x)
         if self.unshuffle:
-            y = F.pixel_unshuffle(y, 2)
-        if self.shortcut:
-            y = y + F.pixel_unshuffle(x, 2).unflatten(1, (self.out_channels, -1)).mean(dim=2)
-        return y
+            y = _space_to_channels(y)
+        return y + _average_groups(x, self.out_channels) if self.shortcut else y
 
 
 class UpBlock(nn.Module):
@@ -186,9 +179,42 @@ class UpBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.interpolate:
-            y = self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
-        else:
-            y = F.pixel_shuffle(self.conv(x), 2)
-        if self.shortcut:
-            y = y + F.pixel_shuffle(x.repeat_interleave(self.repeats, dim=1), 2)
-        return y
+            y: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+            return y + _channels_to_space(repeat_channels(x, self.repeats)) if self.shortcut else y
+        y = self.conv(x)
+        return _channels_to_space(y + repeat_channels(x, self.repeats) if self.shortcut else y)
+
+
+# --- Moving between channels and pixels, without leaving channels_last -------------------------------------------
+# Channels are repeated and averaged along the last axis of a view: along axis 1 itself the result would come out
+# contiguous. The shuffles keep channels_last on a CPU, where their `contiguous` copies nothing; elsewhere they may not.
+
+
+def repeat_channels(x: Tensor, repeats: int) -> Tensor:
+    """Each channel `repeats` times in a row: (B,C,H,W) -> (B,C*repeats,H,W)."""
+    return x.movedim(1, -1).repeat_interleave(repeats, dim=-1).movedim(-1, 1)
+
+
+def average_channels(x: Tensor, out_channels: int) -> Tensor:
+    """Mean over groups of neighbouring channels: (B,C,H,W) -> (B,out_channels,H,W)."""
+    return torch.unflatten(x.movedim(1, -1), -1, (out_channels, -1)).mean(dim=-1).movedim(-1, 1)
+
+
+def _channels_to_space(x: Tensor) -> Tensor:
+    return F.pixel_shuffle(x, 2).contiguous(memory_format=torch.channels_last)
+
+
+def _space_to_channels(x: Tensor) -> Tensor:
+    return F.pixel_unshuffle(x, 2).contiguous(memory_format=torch.channels_last)
+
+
+def _average_groups(x: Tensor, out_channels: int) -> Tensor:
+    """`average_channels(F.pixel_unshuffle(x, 2), out_channels)`; the two usual group sizes take one pass or two."""
+    batch, channels, height, width = x.shape
+    if out_channels == channels:  # a group is the 2x2 pixels of one channel
+        return F.avg_pool2d(x, 2)
+    if out_channels == 2 * channels:  # a group is two pixels of one row
+        left, right = torch.unflatten(x, -1, (width // 2, 2)).unbind(-1)
+        rows = torch.unflatten((left + right) * 0.5, 2, (height // 2, 2)).permute(0, 2, 4, 1, 3)
+        return rows.reshape(batch, height // 2, width // 2, out_channels).movedim(-1, 1)
+    return average_channels(_space_to_channels(x), out_channels)
