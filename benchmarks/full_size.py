@@ -4,8 +4,8 @@ Writes a pipeline folder of the published shapes (Sprint transformer 1.6B, Gemma
 weights, 9 GB, unless FOLDER already has it. Then each side runs in processes of its own, alternating: it loads the
 folder, makes a latent and decodes it, and reports the time of each stage and its peak memory. The latents must agree.
 
-The tokenizer is a stand-in (the real one cannot be made from nothing): byte-level, trained on the instruction, with
-Gemma's vocabulary size in the model. So prompts here have about as many tokens as real ones, not the same.
+The tokenizer is a stand-in (the real one cannot be made from nothing): prompts have about as many tokens as with
+Gemma's, not the same ones.
 """
 
 from __future__ import annotations
@@ -49,16 +49,6 @@ AUTOENCODER = {
     "upsample_block_type": "interpolate",
     "scaling_factor": 0.41407,
 }
-GEMMA = {
-    "vocab_size": 256_000,
-    "hidden_size": 2304,
-    "intermediate_size": 9216,
-    "num_hidden_layers": 26,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "query_pre_attn_scalar": 256,
-}
 
 
 def main() -> None:
@@ -87,35 +77,30 @@ def main() -> None:
 
 def make_folder(folder: Path) -> None:
     """Writes the random-weight pipeline folder, one component at a time to keep memory low."""
-    from transformers import Gemma2Config, Gemma2Model
+    from text_encoding import random_gemma, word_tokenizer
 
     from sana_sprint.models.autoencoder import AutoencoderConfig, AutoencoderDC
     from sana_sprint.models.transformer import SanaTransformer2DModel, TransformerConfig
     from sana_sprint.sampling import SCMScheduler
     from sana_sprint.train.student_stage import sprint_index
-    from sana_sprint.train.text import train_tokenizer
     from sana_sprint.weights import save_model, write_model_index
 
-    tokenizer = train_tokenizer([PROMPT] * 100, 1024)
+    tokenizer = word_tokenizer()
     tokenizer.save_pretrained(str(folder / "tokenizer"))
-    builders: dict[str, Callable[[], Any]] = {
-        "transformer": lambda: SanaTransformer2DModel(TransformerConfig.from_dict(TRANSFORMER)),
-        "vae": lambda: AutoencoderDC(AutoencoderConfig.from_dict(AUTOENCODER)),
-        "text_encoder": lambda: Gemma2Model(Gemma2Config(**GEMMA)),
-    }
-    for name, build in builders.items():
-        model = random_weights(build)
-        if name == "text_encoder":
-            model.save_pretrained(str(folder / name))
-        else:
-            save_model(model, folder / name)
-        del model
+    random_gemma(26).save_pretrained(str(folder / "text_encoder"))
+    save_model(
+        random_weights(lambda: SanaTransformer2DModel(TransformerConfig.from_dict(TRANSFORMER))),
+        folder / "transformer",
+    )
+    save_model(
+        random_weights(lambda: AutoencoderDC(AutoencoderConfig.from_dict(AUTOENCODER))), folder / "vae"
+    )
     SCMScheduler().save_pretrained(folder / "scheduler")
     write_model_index(folder, sprint_index(type(tokenizer).__name__))
 
 
 def random_weights(build: Callable[[], Any]) -> Any:
-    """The module in bf16: matrices of fan-in scale, vectors as they are initialised (norm weights 1, biases 0)."""
+    """The module in bf16: matrices and kernels of fan-in scale, norm weights 1, biases 0."""
     with torch.device("meta"):
         model = build()
     model = model.to(torch.bfloat16).to_empty(device="cpu")
@@ -123,18 +108,9 @@ def random_weights(build: Callable[[], Any]) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim < 2:
-                parameter.fill_(1.0 if name.endswith("weight") and "layernorm" not in name else 0.0)
-                continue
-            scale = 0.02 if "embed_tokens" in name else parameter[0].numel() ** -0.5
-            parameter.normal_(0, scale, generator=generator)
-    for module in model.modules():  # buffers that a checkpoint does not hold, such as rotary frequencies
-        if hasattr(module, "rope_init_fn") or type(module).__name__.endswith("RotaryEmbedding"):
-            fresh = type(module)(model.config)
-            module.load_state_dict(fresh.state_dict(), strict=False)
-            for key, buffer in fresh.named_buffers():
-                setattr(module, key, buffer)
-        elif hasattr(module, "embed_scale") and isinstance(module.embed_scale, torch.Tensor):
-            module.embed_scale = torch.tensor(model.config.hidden_size**0.5)
+                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+            else:
+                parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
     return model
 
 

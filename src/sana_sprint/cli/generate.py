@@ -1,0 +1,237 @@
+"""`sana-sprint generate`: prompts to PNG files."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sana_sprint.cli import options
+from sana_sprint.cli.common import UsageError, checked, console
+from sana_sprint.cli.drawing import Drawn, draw, print_line, progress_bar
+from sana_sprint.cli.loading import ModelOptions, load_pipeline
+from sana_sprint.cli.pictures import check_target, slug, write_picture
+from sana_sprint.cli.prompts import gather_prompts
+
+if TYPE_CHECKING:
+    from sana_sprint.pipelines.text_to_image import SanaSprintPipeline
+
+# 8192 x 8192, four times the largest published picture: a slip of the finger must not fill the memory.
+MAX_PIXELS = 2**26
+RANDOM_SEED = -1
+SIZE_HINT = "a size is --size 512 or --size 640x480 (width x height), at most 8192x8192 pixels"
+SHOWN_PROMPT = 60  # letters of a prompt in a remark
+
+Prompts = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="PROMPT", help="What to draw. `-`, or nothing and a pipe: each line of stdin."),
+]
+PromptFile = Annotated[
+    Path | None, typer.Option("--file", "-f", metavar="FILE", help="Draw each line of this text file too.")
+]
+Steps = Annotated[int, typer.Option("--steps", help="Network evaluations per picture; 1 to 4 are best.")]
+NumImages = Annotated[int, typer.Option("--num-images", "-n", help="Pictures per prompt.")]
+Seed = Annotated[
+    int, typer.Option("--seed", "-s", help="Picture i, counted from 0, has seed + i. -1: random, and shown.")
+]
+Size = Annotated[
+    str | None, typer.Option("--size", metavar="N|WxH", help="In pixels; the model's own if left out.")
+]
+Output = Annotated[
+    Path,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FOLDER|FILE.png",
+        help="A folder (made if absent, no file in it is replaced), or the file of a single picture.",
+    ),
+]
+Guidance = Annotated[
+    float | None,
+    typer.Option(
+        "--guidance", "-g", help="How closely to follow the prompt; 4 to 5 are best, 4.5 if left out."
+    ),
+]
+MaxTimesteps = Annotated[
+    float | None, typer.Option("--max-timesteps", help="First time, an angle up to 1.5708 (pure noise).")
+]
+IntermediateTimesteps = Annotated[
+    float | None, typer.Option("--intermediate-timesteps", help="Second of two times; 1.3 if left out.")
+]
+CleanCaption = Annotated[
+    bool, typer.Option("--clean-caption", help="Take links, markup and the like out of prompts from the web.")
+]
+
+
+def generate(
+    prompts: Prompts = None,
+    file: PromptFile = None,
+    model: options.Model = "emoji",
+    steps: Steps = 2,
+    num_images: NumImages = 1,
+    seed: Seed = RANDOM_SEED,
+    size: Size = None,
+    output: Output = Path("out"),
+    guidance: Guidance = None,
+    max_timesteps: MaxTimesteps = None,
+    intermediate_timesteps: IntermediateTimesteps = None,
+    dtype: options.DtypeOption = options.Dtype.AUTO,
+    device: options.Device = "auto",
+    vae_tiling: options.VaeTiling = False,
+    vae_slicing: options.VaeSlicing = False,
+    clean_caption: CleanCaption = False,
+    as_json: options.Json = False,
+) -> None:
+    """Draw pictures of one or more prompts.
+
+    Prints a line with the path and seed of each. How a picture was made is kept inside its PNG file.
+
+    Example: sana-sprint generate "two apples on a blue background" -n 4 --seed 7 -o out/
+    """
+    texts = gather_prompts(prompts or [], file)
+    repeated = [text for text in texts for _ in range(_at_least_one(num_images))]
+    check_target(output, len(repeated))
+    arguments = {
+        **_size(size),
+        **_guidance(guidance),
+        **_times(steps, max_timesteps, intermediate_timesteps),
+        **({"clean_caption": True} if clean_caption else {}),
+    }
+    jobs = list(zip(repeated, _seeds(seed, len(repeated)), strict=True))
+    started = time.perf_counter()
+    with console().status(f"loading {model}"):
+        pipeline = load_pipeline(ModelOptions(model, dtype, device, vae_tiling, vae_slicing))
+    load_s = time.perf_counter() - started
+    drawn, files = _draw_and_save(pipeline, jobs, arguments, model, output, show_lines=not as_json)
+    _remark(drawn)
+    if as_json:
+        report = _report(drawn, files, texts, model=model, device=str(pipeline.device), load_s=load_s)
+        typer.echo(json.dumps(report, ensure_ascii=False))
+
+
+# ----- the options' values, checked before anything is loaded ---------------------------------------------------------
+
+
+def _at_least_one(num_images: int) -> int:
+    if num_images < 1:
+        raise UsageError(f"--num-images must be at least 1, got: {num_images}", hint="leave it out for one")
+    return num_images
+
+
+def _size(text: str | None) -> dict[str, Any]:
+    if text is None:
+        return {}
+    match = re.fullmatch(r"(\d{1,6})(?:[xX](\d{1,6}))?", text.strip())
+    if match is None:
+        raise UsageError(f"not a size: {text}", hint=SIZE_HINT)
+    width, height = int(match[1]), int(match[2] or match[1])
+    if not 0 < width * height <= MAX_PIXELS:
+        raise UsageError(f"not a possible size: {width}x{height}", hint=SIZE_HINT)
+    return {"width": width, "height": height}
+
+
+def _guidance(scale: float | None) -> dict[str, Any]:
+    if scale is None:
+        return {}
+    if not 0 <= scale < math.inf:
+        raise UsageError(f"--guidance must be at least 0, got: {scale:g}", hint="4 to 5 are best")
+    return {"guidance_scale": scale}
+
+
+def _times(steps: int, first: float | None, second: float | None) -> dict[str, Any]:
+    from sana_sprint.sampling import PUBLISHED_MAX, schedule
+
+    if second is not None and steps != 2:
+        raise UsageError(
+            f"--intermediate-timesteps is for 2 steps, not for {steps}", hint="leave it out, or use --steps 2"
+        )
+    # A second time that is not given moves along with the first, should that come too near.
+    times: dict[str, Any] = {
+        "max_timesteps": PUBLISHED_MAX if first is None else first,
+        "intermediate_timesteps": second,
+    }
+    hint = "1 to 4 steps are best; times are angles between 0 (the picture) and 1.5708 (pure noise)"
+    checked(lambda: schedule(steps, **times), hint=hint)
+    return {"num_inference_steps": steps, **times}
+
+
+def _seeds(seed: int, count: int) -> list[int]:
+    from sana_sprint.numerics import image_seeds
+
+    wanted = None if seed == RANDOM_SEED else seed
+    seeds: list[int] = checked(lambda: image_seeds(wanted, count), hint="leave --seed out for a random one")
+    return seeds
+
+
+# ----- the pictures ---------------------------------------------------------------------------------------------------
+
+
+def _draw_and_save(
+    pipeline: SanaSprintPipeline,
+    jobs: Sequence[tuple[str, int]],
+    arguments: dict[str, Any],
+    model: str,
+    output: Path,
+    *,
+    show_lines: bool,
+) -> tuple[list[Drawn], list[Path]]:
+    drawn, files = [], []
+    with progress_bar() as bar:
+        task = bar.add_task("drawing", total=len(jobs) * arguments["num_inference_steps"])
+        for picture in draw(pipeline, jobs, arguments, on_progress=lambda count: bar.advance(task, count)):
+            name = f"{slug(picture.prompt)}-{picture.seed}"
+            file = write_picture(picture.image, output, name, picture.settings(model))
+            drawn.append(picture)
+            files.append(file)
+            if show_lines:
+                print_line(bar, f"{file}\tseed {picture.seed}")
+    return drawn, files
+
+
+def _remark(drawn: Sequence[Drawn]) -> None:
+    """Say on stderr what is not quite as it was asked for."""
+    for prompt, lost in {picture.prompt: picture.lost_tokens for picture in drawn}.items():
+        if lost:
+            typer.echo(
+                f"warning: too long, the last {lost} tokens were not used: {prompt[:SHOWN_PROMPT]}...",
+                err=True,
+            )
+    out = drawn[0].output
+    if (out.width, out.height) != (out.model_width, out.model_height):
+        typer.echo(
+            f"note: drawn at {out.model_width}x{out.model_height}, then resized to {out.width}x{out.height}",
+            err=True,
+        )
+
+
+def _report(
+    drawn: Sequence[Drawn], files: Sequence[Path], texts: list[str], *, model: str, device: str, load_s: float
+) -> dict[str, Any]:
+    """The JSON object. `files` and `seeds` are per picture; `truncated` and, if there are several, `prompt` per prompt."""
+    out = drawn[0].output
+    draw_s = sum(picture.seconds for picture in drawn)
+    return {
+        "files": [str(file) for file in files],
+        "seeds": [picture.seed for picture in drawn],
+        "prompt": texts[0] if len(texts) == 1 else texts,
+        "truncated": [picture.lost_tokens > 0 for picture in drawn[:: len(drawn) // len(texts)]],
+        "model": model,
+        "steps": out.num_inference_steps,
+        "times": list(out.times),
+        "guidance": None if out.guidance is None else out.guidance[0],
+        "size": {"width": out.width, "height": out.height},
+        "model_size": {"width": out.model_width, "height": out.model_height},
+        "dtype": out.dtype,
+        "device": device,
+        "timings": {
+            "load_s": round(load_s, 3),
+            "draw_s": round(draw_s, 3),
+            "per_picture_s": round(draw_s / len(drawn), 3),
+        },
+    }

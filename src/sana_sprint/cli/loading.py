@@ -1,0 +1,90 @@
+"""The pipeline that a command's options ask for."""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from sana_sprint.cli.common import CommandError, UsageError
+
+if TYPE_CHECKING:
+    from sana_sprint.pipelines.text_to_image import SanaSprintPipeline
+
+# The text encoder and the autoencoder do not run in fp16: there only the transformer does.
+DTYPES: dict[str, Any] = {
+    "auto": None,
+    "bf16": "bfloat16",
+    "fp32": "float32",
+    "fp16": {"transformer": "float16", "default": "bfloat16"},
+}
+MODEL_HINT = "check --model (or SANA_SPRINT_MODEL); `sana-sprint info MODEL` shows what a folder lacks"
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and how it is to run. `dtype` is a key of `DTYPES`; `device` may be "auto"."""
+
+    model: str
+    dtype: str = "auto"
+    device: str = "auto"
+    vae_tiling: bool = False
+    vae_slicing: bool = False
+
+
+def load_pipeline(options: ModelOptions) -> SanaSprintPipeline:
+    """A pipeline that is ready to be called.
+
+    Raises:
+        UsageError: for a device that this machine lacks.
+        CommandError: if the model cannot be found or loaded.
+    """
+    device = choose_device(options.device)
+    quieten()
+    from sana_sprint.pipelines.text_to_image import SanaSprintPipeline
+
+    try:
+        pipeline = SanaSprintPipeline.from_pretrained(
+            options.model, torch_dtype=DTYPES[options.dtype], device_map=device
+        )
+    except ValueError as error:
+        hint = "--dtype bf16 or --dtype fp32 may help" if "float16" in str(error) else MODEL_HINT
+        raise CommandError(str(error), hint=hint) from error
+    pipeline.set_progress_bar_config(disable=True)  # the commands have their own
+    if options.vae_tiling:
+        pipeline.enable_vae_tiling()
+    if options.vae_slicing:
+        pipeline.enable_vae_slicing()
+    return pipeline
+
+
+def choose_device(wanted: str) -> str:
+    """The device to use: the one that is wanted, or for "auto" the machine's accelerator, else the CPU.
+
+    Raises:
+        UsageError: for a device that is unknown or not there.
+    """
+    import torch
+
+    counts = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "mps": int(torch.backends.mps.is_available()),
+    }
+    there = [name for name, count in counts.items() if count]
+    if wanted == "auto":
+        return next((name for name in ("cuda", "mps") if counts[name]), "cpu")
+    match = re.fullmatch(r"(cpu|cuda|mps)(?::(\d+))?", wanted)
+    if match is None or int(match[2] or 0) >= counts[match[1]]:
+        raise UsageError(f"--device is not on this machine: {wanted}", hint=f"use auto or {', '.join(there)}")
+    return wanted
+
+
+def quieten() -> None:
+    """Keep libraries' bars and remarks off the terminal; what users need to know, commands say themselves."""
+    talk: Any = import_module("transformers.utils.logging")  # its functions have no annotations
+    talk.set_verbosity_error()
+    talk.disable_progress_bar()
+    logging.getLogger("sana_sprint").addHandler(logging.NullHandler())

@@ -1,0 +1,93 @@
+"""`sana-sprint train`: one stage of a model, from its TOML file."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sana_sprint.cli.common import CommandError, checked
+
+if TYPE_CHECKING:
+    from sana_sprint.train.config import AnyRun
+    from sana_sprint.train.loop import Report, Stage
+
+
+def train(
+    stage: Annotated[
+        Path, typer.Argument(metavar="STAGE.toml", help="What to train, on what, and for how long.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Fields to change, such as schedule.steps=100."),
+    ] = None,
+) -> None:
+    """Train one stage: an autoencoder, a teacher or a student.
+
+    A run that was stopped continues from its last checkpoint when the same command is given again. A data source such
+    as recipes.emoji.scenes:training_scene is looked for in the current folder. For several processes use
+    torchrun --nproc-per-node 2 -m sana_sprint train STAGE.toml
+    """
+    from sana_sprint.train.config import load_config
+
+    config = checked(
+        lambda: load_config(stage, overrides or ()),
+        hint="a call looks like `sana-sprint train recipes/emoji/student.toml schedule.steps=100`",
+    )
+    # Before anything of ours, as `python script.py` has it: a data source is a module of the user's.
+    sys.path.insert(0, os.getcwd())
+
+    from sana_sprint.train import distributed, loop
+
+    _set_threads()
+    distributed.start()
+    report = _reporter(is_main=distributed.rank() == 0)
+    try:
+        loop.run(_make_stage(config, report), config, report=report)
+        if distributed.rank() == 0:
+            typer.echo(config.output / "final")
+    except KeyboardInterrupt:
+        report("stopped: the same command continues from the last checkpoint")
+        raise
+    finally:
+        distributed.stop()
+
+
+def _set_threads() -> None:
+    import torch
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available():
+        torch.set_num_threads(1)  # one process per core; more threads would only wait for one another
+
+
+def _reporter(*, is_main: bool) -> Report:
+    from tqdm import tqdm
+
+    def report(line: str) -> None:
+        if is_main:
+            tqdm.write(line, file=sys.stderr)  # above the progress bar
+
+    return report
+
+
+def _make_stage(config: AnyRun, report: Report) -> Stage:
+    from sana_sprint.train.config import AutoencoderRun, TeacherRun
+
+    try:
+        if isinstance(config, AutoencoderRun):
+            from sana_sprint.train.autoencoder_stage import AutoencoderStage
+
+            return AutoencoderStage(config)
+        if isinstance(config, TeacherRun):
+            from sana_sprint.train.teacher_stage import TeacherStage
+
+            return TeacherStage(config, report=report)
+        from sana_sprint.train.student_stage import StudentStage
+
+        return StudentStage(config, report=report)
+    except ValueError as error:
+        hint = f"folders and modules named in the file are looked for from here: {os.getcwd()}"
+        raise CommandError(str(error), hint=hint) from error
