@@ -27,6 +27,8 @@ from sana_sprint.prompts import COMPLEX_HUMAN_INSTRUCTION, DEFAULT_MAX_SEQUENCE_
 from sana_sprint.resolutions import Size, plan_size
 from sana_sprint.sampling import PUBLISHED_INTERMEDIATE, PUBLISHED_MAX, schedule
 
+__all__ = ["SanaSprintOutput", "SanaSprintPipeline"]
+
 
 class SanaSprintPipeline(BasePipeline):
     """Draws pictures from text in 1 to 4 (or more) network evaluations.
