@@ -177,7 +177,7 @@ def refused(verdicts: Iterable[Verdict]) -> list[str]:
 
 
 def test_real_pictures_are_accepted(scenes: list[Scene], findings: list[Finding]) -> None:
-    # The slow measurement has all of 720 pictures right.
+    # The slow measurement has all of 360 pictures right.
     assert not refused(decide(f, s) for f, s in zip(findings, scenes, strict=True))
 
 
