@@ -53,14 +53,15 @@ def random_gemma(num_layers: int) -> Gemma2Model:
     with torch.device("meta"):
         model = Gemma2Model(config)
     model = model.to(torch.bfloat16).to_empty(device="cpu").eval()
-    block = 0.02 * torch.randn(1_000_003).bfloat16()  # prime: no two rows of a matrix are the same
+    block = 0.02 * torch.randn(1_000_003).bfloat16()  # a prime length: no two rows of a matrix are the same
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:  # a norm's, which adds 1 to it
                 parameter.zero_()
             else:
+                shifted = block.roll(int(torch.randint(len(block), ())))  # nor are two matrices
                 for part in parameter.view(-1).split(len(block)):
-                    part.copy_(block[: len(part)])
+                    part.copy_(shifted[: len(part)])
         model.embed_tokens.embed_scale.fill_(config.hidden_size**0.5)
     model.rotary_emb = type(model.rotary_emb)(config)
     return model
@@ -112,6 +113,7 @@ def main() -> None:
         ).item()
         turns = [(seconds(ours), seconds(theirs)) for _ in range(arguments.repeats)]
     ours_s, padded_s = (statistics.median(times) for times in zip(*turns, strict=True))
+    ours_best_s, padded_best_s = (min(times) for times in zip(*turns, strict=True))  # the least disturbed
     num_instruction = len(tokenizer.encode("\n".join(COMPLEX_HUMAN_INSTRUCTION)))
     result = {
         "benchmark": "text_encoding",
@@ -121,17 +123,21 @@ def main() -> None:
         "instruction_tokens": num_instruction,
         "padded_tokens": num_instruction + DEFAULT_MAX_SEQUENCE_LENGTH - 2,
         "ours_s": round(ours_s, 4),
+        "ours_best_s": round(ours_best_s, 4),
         "ours_first_call_s": round(first_s, 4),
         "padded_s": round(padded_s, 4),
+        "padded_best_s": round(padded_best_s, 4),
         "speedup": round(padded_s / ours_s, 2),
+        "speedup_best": round(padded_best_s / ours_best_s, 2),
         "relative_difference": float(f"{difference:.3g}"),
     }
     print(
         f"instruction {num_instruction} tokens, prompt {result['prompt_tokens']}, padded {result['padded_tokens']}"
     )
-    print(f"padded (published)       {padded_s:8.3f} s")
+    print(f"padded (published)       {padded_s:8.3f} s   best {padded_best_s:.3f} s")
     print(f"ours, first call         {first_s:8.3f} s   (runs the instruction too)")
-    print(f"ours                     {ours_s:8.3f} s   {padded_s / ours_s:.1f} times as fast")
+    print(f"ours                     {ours_s:8.3f} s   best {ours_best_s:.3f} s")
+    print(f"times as fast            {padded_s / ours_s:8.1f}     best {padded_best_s / ours_best_s:.1f}")
     print(f"relative difference of the embeddings: {difference:.2g}")
     print(json.dumps(result))
 

@@ -172,7 +172,7 @@ class SanaTransformerBlock(nn.Module):
             dropout=config.dropout,
         )
         self.ff = GatedConvFeedForward(dim, config.mlp_ratio)
-        self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
+        self.scale_shift_table = nn.Parameter(torch.randn(6, dim).div_(dim**0.5))
 
     def forward(
         self,
@@ -215,7 +215,7 @@ class SanaTransformer2DModel(nn.Module):
         self.transformer_blocks = nn.ModuleList(
             SanaTransformerBlock(config) for _ in range(config.num_layers)
         )
-        self.scale_shift_table = nn.Parameter(torch.randn(2, dim) / dim**0.5)
+        self.scale_shift_table = nn.Parameter(torch.randn(2, dim).div_(dim**0.5))
         self.norm_out = nn.LayerNorm(dim, eps=OUTPUT_NORM_EPS, elementwise_affine=False)
         self.proj_out = nn.Linear(dim, patch * patch * (config.out_channels or config.in_channels))
 
