@@ -1,4 +1,4 @@
-"""What every test gets: fixed seeds, two threads, no network and no model hub."""
+"""What every test gets: fixed seeds, one thread, no network and no model hub."""
 
 import ipaddress
 import os
@@ -20,8 +20,9 @@ from hypothesis import settings  # noqa: E402
 
 EMOJI_FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 
-# The models here are tiny: more threads only cost hand-overs, and a fixed number keeps sums in one order.
-torch.set_num_threads(2)
+# The models here are tiny: more threads only cost hand-overs (fifty times the time on a busy machine), and one thread
+# keeps sums in one order.
+torch.set_num_threads(1)
 
 # No deadline: an example's time says how busy the machine is. Derandomised: a run is the same everywhere.
 settings.register_profile("steady", deadline=None, derandomize=True)
