@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
 from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
 
+from sana_sprint.models.text_encoder import PromptEmbeddings, PromptEncoder
 from sana_sprint.prompts import COMPLEX_HUMAN_INSTRUCTION
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")  # Gemma's ids 0 to 3
@@ -79,3 +81,61 @@ def save_tiny_text(folder: Path) -> None:
     """Write `tokenizer/` and `text_encoder/` as a published model folder has them."""
     tiny_tokenizer().save_pretrained(folder / "tokenizer")
     tiny_text_encoder().save_pretrained(folder / "text_encoder")
+
+
+def tiny_encoder() -> PromptEncoder:
+    return PromptEncoder(tiny_tokenizer(), tiny_text_encoder())
+
+
+# ----- the published encoding -------------------------------------------------------------------------------
+
+PROMPTS = [
+    "",
+    "a",
+    "A Cat ",
+    "a tiny astronaut hatching from an egg on the moon",
+    "zebra crossing, 3 dogs\nand more " * 6,
+]
+# fp32, values up to about 4, four layers: the two sides sum the same numbers in other orders (5e-6 seen).
+FP32_ATOL = 2e-5
+
+
+def padded_reference(
+    encoder: PromptEncoder, prompts: Sequence[str], length: int, instruction: Sequence[str] | None
+) -> tuple[Tensor, Tensor]:
+    """The published procedure: pad to the full length, run everything, select bos and the last positions."""
+    front = "\n".join(instruction or ())
+    total = len(encoder.tokenizer.encode(front)) + length - 2 if front else length
+    tokens = encoder.tokenizer(
+        [front + prompt.lower().strip() for prompt in prompts],
+        padding="max_length",
+        max_length=total,
+        truncation=True,
+        return_tensors="pt",
+    )
+    hidden = encoder.text_encoder(
+        input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
+    ).last_hidden_state
+    positions = [0, *range(total - length + 1, total)]
+    return hidden[:, positions], tokens.attention_mask[:, positions].bool()
+
+
+def assert_equals_reference(
+    ours: PromptEmbeddings, reference: tuple[Tensor, Tensor], *, atol: float = FP32_ATOL
+) -> None:
+    embeds, mask = reference
+    L = ours.mask.shape[1]
+    assert ours.embeds.shape == (*ours.mask.shape, embeds.shape[-1])
+    assert mask.sum(1).max() == L
+    assert torch.equal(ours.mask, mask[:, :L])
+    assert ours.num_tokens == tuple(mask.sum(1).tolist())
+    torch.testing.assert_close(ours.embeds[ours.mask], embeds[mask], atol=atol, rtol=0)
+    assert not ours.embeds[~ours.mask].any()
+
+
+def record_runs(model: Gemma2Model) -> list[tuple[int, ...]]:
+    shapes: list[tuple[int, ...]] = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    return shapes
