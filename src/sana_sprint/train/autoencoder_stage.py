@@ -12,12 +12,11 @@ from torch import Tensor
 from sana_sprint.images import grid, to_pil
 from sana_sprint.models.autoencoder import AutoencoderConfig, AutoencoderDC
 from sana_sprint.train.config import AutoencoderRun
-from sana_sprint.train.data import channels_last, open_source, pictures
+from sana_sprint.train.data import VALIDATION_START, channels_last, open_source, pictures
 from sana_sprint.train.distributed import own_indices
-from sana_sprint.train.loop import Metrics
+from sana_sprint.train.loop import Metrics, autocast
 from sana_sprint.weights import save_model
 
-VALIDATION_START = 1_000_000_000  # sample indices no run trains on
 NUM_VALIDATION = 128
 
 
@@ -33,7 +32,7 @@ class AutoencoderStage:
     def loss(self, step: int) -> tuple[Tensor, Metrics]:
         """Reconstruction of the step's pictures from noised latents, plus the latents' size."""
         image, _ = pictures(self.source, own_indices(step, self.config.schedule.batch_size))
-        with self._autocast():
+        with autocast(self.config):
             latent = self.module.encode(image).float()
             restored = self.module.decode(
                 latent + self.config.latent_noise * torch.randn_like(latent)
@@ -46,7 +45,7 @@ class AutoencoderStage:
     def validate(self, folder: Path, step: int) -> Metrics:
         """PSNR (dB, peak-to-peak 2) on unseen pictures; originals above reconstructions as a picture."""
         image, _ = pictures(self.source, range(VALIDATION_START, VALIDATION_START + NUM_VALIDATION))
-        with self._autocast():
+        with autocast(self.config):
             restored = torch.cat(
                 [self.module.decode(self.module.encode(part)) for part in torch.split(image, 16)]
             )
@@ -60,14 +59,11 @@ class AutoencoderStage:
     def export(self, folder: Path) -> None:
         """Writes the autoencoder's folder, its scaling factor set so that latents have unit variance."""
         image, _ = pictures(self.source, range(512))
-        with self._autocast():
+        with autocast(self.config):
             latent = torch.cat([self.module.encode(part) for part in torch.split(image, 32)]).float()
         config = replace(self.module.config, scaling_factor=round(1 / float(latent.std()), 5))
         self.module.config = config
         save_model(self.module, folder)
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision == "bf16")
 
 
 def _psnr(mse: float) -> float:

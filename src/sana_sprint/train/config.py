@@ -28,7 +28,7 @@ class DataConfig(_Section):
     source: str
     # Pictures whose latents are cached once and then trained on (teacher and student).
     num_samples: int = Field(default=20_000, ge=1)
-    # Fields of the caption file are dropped with this probability, so that guidance has an unconditional model.
+    # Captions are dropped with this probability, so that guidance has an unconditional model.
     caption_dropout: float = Field(default=0.1, ge=0, le=1)
 
 

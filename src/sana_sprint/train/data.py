@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sana_sprint.models.autoencoder import AutoencoderDC
 
+VALIDATION_START = 1_000_000_000  # sample indices from here on are never trained on
 _PICTURES = {".jpeg", ".jpg", ".png", ".webp"}
 Sample = tuple[np.ndarray, str]
 Source = Callable[[int], Sample]

@@ -30,6 +30,11 @@ Report = Callable[[str], None]  # receives a line about every milestone
 MAX_BAD_STEPS = 20  # non-finite steps in a row after which the run stops
 
 
+def autocast(config: AnyRun) -> torch.autocast:
+    """The run's precision, as a context: bf16 products over fp32 weights, or fp32 throughout."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16")
+
+
 class Stage(Protocol):
     """What the loop needs of a stage."""
 

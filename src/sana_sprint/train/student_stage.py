@@ -18,14 +18,12 @@ from sana_sprint.sampling import SCMScheduler, sample, schedule
 from sana_sprint.train import distributed
 from sana_sprint.train.conditioning import embed, unconditional
 from sana_sprint.train.config import StudentRun
-from sana_sprint.train.data import channels_last, open_source
+from sana_sprint.train.data import VALIDATION_START, channels_last, open_source
 from sana_sprint.train.latents import cached_latents, shuffled
-from sana_sprint.train.loop import Metrics, Report
+from sana_sprint.train.loop import Metrics, Report, autocast
 from sana_sprint.train.losses import consistency_target, scaled_tangent, scm_loss
-from sana_sprint.trigflow import Denoiser, add_noise, flow_denoiser, lognormal_times
+from sana_sprint.trigflow import Denoiser, add_noise, flow_denoiser, lognormal_times, trig_to_flow
 from sana_sprint.weights import ModelIndex, load_model, save_model, write_model_index
-
-VALIDATION_START = 1_000_000_000  # sample indices no run trains on
 
 
 class Student(nn.Module):
@@ -71,14 +69,14 @@ class StudentStage:
         scales = torch.tensor(config.guidance_scales)
         guidance = scales[torch.randint(len(scales), (len(u0),))]
         u = add_noise(u0, torch.randn_like(u0), t)
-        with self._autocast():
+        with autocast(self.config):
             instruction = float(torch.rand(())) < config.instruction_rate
             with torch.no_grad():
                 embeddings = embed(self.encoder, captions, instruction=instruction)
                 teacher_F = self._teacher_output(u, t, embeddings, guidance)
                 tangent = scaled_tangent(self._student(embeddings, guidance), u, t, teacher_F)
             F = self._student(embeddings, guidance)(u, t).float()
-            _, embedding = self.transformer.embed_time(torch.sin(t) / (torch.sin(t) + torch.cos(t)), guidance)
+            _, embedding = self.transformer.embed_time(trig_to_flow(t), guidance)
             logvar = self.module.logvar(embedding).float().squeeze(1)
         warmup = min(1.0, step / max(1, config.tangent_warmup_steps))
         g = consistency_target(F.detach(), teacher_F, tangent, u, t, tangent_weight=warmup)
@@ -88,7 +86,7 @@ class StudentStage:
     def validate(self, folder: Path, step: int) -> Metrics:
         """Pictures of fixed prompts from fixed noise: a row each at 1, 2 and 4 steps."""
         shape = (len(self.validation_captions), *self.cache.latents.shape[1:])
-        with self._autocast():
+        with autocast(self.config):
             embeddings = embed(self.encoder, self.validation_captions, instruction=True)
             denoiser = self._student(embeddings, torch.full((shape[0],), 4.5))
             rows = []
@@ -125,9 +123,6 @@ class StudentStage:
     def _student(self, embeddings: PromptEmbeddings, guidance: Tensor) -> Denoiser:
         context = self.transformer.encode_caption(embeddings.embeds, embeddings.mask)
         return flow_denoiser(lambda x, s: self.transformer(x, s, context, guidance))
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision == "bf16")
 
 
 def sprint_index(tokenizer_class: str) -> ModelIndex:

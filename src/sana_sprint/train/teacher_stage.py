@@ -16,10 +16,10 @@ from sana_sprint.models.transformer import CaptionContext, SanaTransformer2DMode
 from sana_sprint.train import distributed
 from sana_sprint.train.conditioning import drop_captions, embed, unconditional
 from sana_sprint.train.config import TeacherRun
-from sana_sprint.train.data import channels_last, open_source
+from sana_sprint.train.data import VALIDATION_START, channels_last, open_source
 from sana_sprint.train.flow import flow_loss, guided, logit_normal_times, sample_flow
 from sana_sprint.train.latents import cached_latents, shuffled
-from sana_sprint.train.loop import Metrics, Report
+from sana_sprint.train.loop import Metrics, Report, autocast
 from sana_sprint.train.text import make_text_encoder, save_text, train_tokenizer
 from sana_sprint.trigflow import Velocity
 from sana_sprint.weights import load_model, save_model
@@ -27,7 +27,6 @@ from sana_sprint.weights import load_model, save_model
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-VALIDATION_START = 1_000_000_000  # sample indices no run trains on
 NUM_TOKENIZER_CAPTIONS = 20_000
 
 
@@ -54,7 +53,7 @@ class TeacherStage:
         """Flow-matching loss on the step's part of the shuffled cache."""
         indices = distributed.own_indices(step, self.config.schedule.batch_size)
         u0, captions = self.cache.batch(shuffled(indices, len(self.cache), self.config.seed))
-        with self._autocast():
+        with autocast(self.config):
             instruction = float(torch.rand(())) < self.config.instruction_rate
             embeddings = embed(self.encoder, captions, instruction=instruction)
             dropped = torch.rand(len(u0)) < self.config.data.caption_dropout
@@ -70,7 +69,7 @@ class TeacherStage:
         """Guided 20-step pictures of fixed prompts from fixed noise."""
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(len(self.validation_captions), *self.cache.latents.shape[1:], generator=generator)
-        with self._autocast():
+        with autocast(self.config):
             embeddings = embed(self.encoder, self.validation_captions, instruction=True)
             velocity = guided(
                 self._velocity(self.transformer.encode_caption(embeddings.embeds, embeddings.mask)),
@@ -101,9 +100,6 @@ class TeacherStage:
 
     def _velocity(self, context: CaptionContext) -> Velocity:
         return lambda x, flow_t: self.transformer(x, flow_t, context)
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision == "bf16")
 
 
 def _initialise(transformer: SanaTransformer2DModel) -> None:
