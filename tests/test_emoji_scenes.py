@@ -79,8 +79,8 @@ def combination(scene: Scene) -> tuple[object, ...]:
     if scene.task == "counting":
         return ("count", kinds[0], len(kinds))
     if scene.relation:
-        first, second = kinds if scene.relation in ("left of", "above") else reversed(kinds)
-        return ("relation", first, scene.relation, second)
+        # In either order: another caption says "a dog right of a cat" of "a cat left of a dog".
+        return ("relation", scene.relation in ("above", "below"), *sorted(kinds))
     return ("pair", *sorted(kinds))
 
 
@@ -101,7 +101,7 @@ def test_scenes_are_the_same_on_every_machine() -> None:
     ]
     assert [sample_scene(seed, held_out=True).caption for seed in range(3)] == [
         "two moons on an orange background",
-        "an elephant to the right of a television on an orange background",
+        "a zebra below a cow on a blue background",
         "gray background, a picture of three crescent moons",
     ]
 
@@ -116,17 +116,36 @@ def test_captions_say_what_is_drawn() -> None:
         assert background == (scene.background if scene.names_background else None), scene
 
 
+def check_relation(scene: Scene, caption: str) -> None:
+    ((first, _), (second, _)), relation, _ = understood(caption)
+    at = {placed.kind: placed for placed in scene.objects}
+    dx, dy = at[first].x - at[second].x, at[first].y - at[second].y
+    directions = {"left of": (-dx, dy), "right of": (dx, dy), "above": (-dy, dx), "below": (dy, dx)}
+    along, across = directions[relation]
+    assert along > 50 > 10 > abs(across), (scene, caption)
+
+
 def test_relations_hold_in_the_layout() -> None:
     related = [scene for scene in ALL if scene.relation]
     assert {scene.relation for scene in related} == set(scenes.RELATIONS)
     for scene in related:
-        (first, _), (second, _) = understood(scene.caption)[0]
-        at = {placed.kind: placed for placed in scene.objects}
-        dx, dy = at[first].x - at[second].x, at[first].y - at[second].y
-        along, across = {"left of": (-dx, dy), "right of": (dx, dy), "above": (-dy, dx), "below": (dy, dx)}[
-            scene.relation
-        ]
-        assert along > 50 > 10 > abs(across), scene
+        check_relation(scene, scene.caption)
+
+
+def test_every_other_caption_of_a_scene_is_true_of_it_too() -> None:
+    seen = set()
+    for seed, scene in enumerate(TRAINING[:1000]):
+        rng = random.Random(seed)
+        for caption in (scenes.describe(scene, rng) for _ in range(4)):
+            things, relation, background = understood(caption)
+            assert Counter(dict(things)) == Counter(placed.kind for placed in scene.objects), caption
+            assert background in (None, scene.background), caption
+            assert (relation is None) == (scene.relation is None), caption
+            if relation:
+                check_relation(scene, caption)
+            seen.add((scene.relation, relation, background is None))
+    # Every relation is told from both sides, with and without the background.
+    assert len(seen) == 2 * (1 + 4 * 2)
 
 
 def test_tasks_have_their_content() -> None:
@@ -242,8 +261,9 @@ def test_a_picture_is_its_objects_on_its_background(emoji_font) -> None:
 
 
 def test_training_samples(emoji_font) -> None:
-    picture, caption = scenes.training_scene(7)
-    assert caption == TRAINING[7].caption
+    picture, captions = scenes.training_scene(7)
+    assert captions[0] == TRAINING[7].caption
+    assert len(captions) == scenes.NUM_CAPTIONS
     np.testing.assert_array_equal(picture, np.asarray(render(TRAINING[7])))
     for index in (6, 7):  # an ordinary picture, a crowded one
         sample = scenes.training_picture(index)

@@ -230,7 +230,7 @@ def test_cached_latents_are_reused_only_for_the_same_autoencoder(chain: Path, tm
     first = cached_latents(tmp_path, source, 8, model, report=silent)
     again = cached_latents(tmp_path, source, 8, model, report=silent)
     assert torch.equal(first.latents, again.latents)
-    assert first.captions == [colored_square(i)[1] for i in range(8)]
+    assert first.captions == [[colored_square(i)[1]] for i in range(8)]
     assert len(list(tmp_path.glob("latents-*"))) == 1
     with torch.no_grad():
         next(model.encoder.parameters()).add_(0.1)
@@ -250,7 +250,7 @@ def test_a_folder_of_pictures_and_captions_is_a_source(tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("a red picture\n")
     Image.new("RGB", (4, 4), "blue").save(tmp_path / "two.png")
     source = open_source(str(tmp_path))
-    assert [source(i)[1] for i in range(3)] == ["a red picture", "", "a red picture"]
+    assert [source(i)[1] for i in range(3)] == [("a red picture",), ("",), ("a red picture",)]
     (tmp_path / "broken.png").write_bytes(b"not a picture")
     with pytest.raises(ValueError, match=r"broken\.png"):
         open_source(str(tmp_path))(0)

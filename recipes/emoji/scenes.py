@@ -21,6 +21,7 @@ from recipes.emoji import vocabulary as words
 SIZE = 128  # pixels, both sides
 FONT_PATH = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 TASKS = ("single", "two", "counting", "color", "position", "attribution")
+NUM_CAPTIONS = 6  # of each training picture
 RELATIONS = ("left of", "right of", "above", "below")
 # How a caption may say each relation.
 _RELATION_WORDS = {
@@ -29,6 +30,7 @@ _RELATION_WORDS = {
     "above": ("above", "on top of"),
     "below": ("below", "under"),
 }
+_AXIS = {"left of": "x", "right of": "x", "above": "y", "below": "y"}
 _LEFT_RIGHT = ((32, 64), (96, 64))
 _ABOVE_BELOW = ((64, 32), (64, 96))
 _LAYOUTS = {
@@ -75,8 +77,8 @@ def sample_scene(seed: int, *, held_out: bool = False, task: str | None = None) 
         task: one of `TASKS`; None draws one.
     """
     rng = random.Random(f"scene-{seed}-{held_out}-{task}")
-    # Two-object tasks have the most to learn, so they come up more often.
-    chosen = task or rng.choices(TASKS, weights=(20, 22, 20, 8, 20, 10))[0]
+    # Single objects have the most detail, pairs the most combinations: they come up more often.
+    chosen = task or rng.choices(TASKS, weights=(24, 20, 18, 4, 24, 10))[0]
     while True:
         kinds, count, relation = _draw_content(chosen, rng)
         background = rng.choice([b for b in words.BACKGROUNDS if not any(words.clashes(k, b) for k in kinds)])
@@ -88,12 +90,26 @@ def sample_scene(seed: int, *, held_out: bool = False, task: str | None = None) 
         elif chosen == "counting":
             key = (*kinds, count)
         else:
-            key = (kinds[0], relation, kinds[1]) if relation else tuple(sorted(kinds))
+            # Without the order: "a cat left of a dog" must not be known from "a dog right of a cat".
+            key = (*sorted(kinds), _AXIS[relation]) if relation else tuple(sorted(kinds))
         if is_held_out(*key) == held_out:
             break
     objects = _place(kinds, count, relation, rng)
     caption = _caption(kinds, count, relation, background if names_background else None, rng)
     return Scene(chosen, objects, background, names_background, relation, caption)
+
+
+def describe(scene: Scene, rng: random.Random) -> str:
+    """Another caption that is true of the scene: other words, the other order, its background named or not."""
+    kinds = list(dict.fromkeys(placed.kind for placed in scene.objects))  # from left to right, or from the top
+    relation = scene.relation
+    if len(kinds) == 2 and rng.random() < 0.5:
+        kinds.reverse()
+        relation = relation and ("right of" if _AXIS[relation] == "x" else "below")
+    elif relation:
+        relation = "left of" if _AXIS[relation] == "x" else "above"
+    background = scene.background if rng.random() < 0.6 else None
+    return _caption(kinds, len(scene.objects), relation, background, rng)
 
 
 def render(scene: Scene) -> Image.Image:
@@ -188,7 +204,7 @@ def _caption(
         noun = nouns[0]
         subject = words.with_article(noun) if count == 1 else f"{words.NUMBERS[count]} {words.plural(noun)}"
         if count == 1 and rng.random() < 0.15:
-            subject = f"one {noun}"
+            subject = "one" + subject[subject.index(" ") :]
     else:
         first, second = map(words.with_article, nouns)
         subject = f"{first} {rng.choice(_RELATION_WORDS[relation]) if relation else 'and'} {second}"
@@ -206,7 +222,8 @@ def training_picture(index: int) -> np.ndarray:
     return np.asarray(crowded(index) if index % 2 else render(sample_scene(index)))
 
 
-def training_scene(index: int) -> tuple[np.ndarray, str]:
-    """Text-to-picture sample `index`: (uint8 (SIZE, SIZE, 3), caption), from the training split."""
+def training_scene(index: int) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Text-to-picture sample `index`: (uint8 (SIZE, SIZE, 3), captions), from the training split."""
     scene = sample_scene(index)
-    return np.asarray(render(scene)), scene.caption
+    rng = random.Random(f"captions-{index}")
+    return np.asarray(render(scene)), (scene.caption, *(describe(scene, rng) for _ in range(NUM_CAPTIONS - 1)))

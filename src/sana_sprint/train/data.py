@@ -16,15 +16,16 @@ from sana_sprint.models.autoencoder import AutoencoderDC
 
 VALIDATION_START = 1_000_000_000  # sample indices from here on are never trained on
 _PICTURES = {".jpeg", ".jpg", ".png", ".webp"}
-Sample = tuple[np.ndarray, str]
+Sample = tuple[np.ndarray, tuple[str, ...]]
 Source = Callable[[int], Sample]
 
 
 def open_source(source: str) -> Source:
-    """A function from an index to (uint8 (H,W,3), caption).
+    """A function from an index to (uint8 (H,W,3), captions).
 
     Args:
-        source: "module:function", or a folder of pictures with `<name>.txt` captions beside them, over which
+        source: "module:function", where the function returns the picture alone, or with a caption, or with several
+            that are all true of it; or a folder of pictures with `<name>.txt` captions beside them, over which
             the index wraps around.
 
     Raises:
@@ -41,11 +42,11 @@ def open_source(source: str) -> Source:
     return lambda index: _read(files[index % len(files)])
 
 
-def pictures(source: Source, indices: Sequence[int]) -> tuple[Tensor, list[str]]:
-    """A batch: (B,3,H,W) fp32 in [-1,1] in channels_last memory, and the captions."""
+def pictures(source: Source, indices: Sequence[int]) -> tuple[Tensor, list[tuple[str, ...]]]:
+    """A batch: (B,3,H,W) fp32 in [-1,1] in channels_last memory, and each picture's captions."""
     samples = [source(index) for index in indices]
     stacked = torch.from_numpy(np.stack([image for image, _ in samples]))
-    return stacked.permute(0, 3, 1, 2).float().div(127.5).sub(1), [caption for _, caption in samples]
+    return stacked.permute(0, 3, 1, 2).float().div(127.5).sub(1), [captions for _, captions in samples]
 
 
 def channels_last(autoencoder: AutoencoderDC) -> AutoencoderDC:
@@ -63,7 +64,8 @@ def _from_function(source: str) -> Source:
 
     def sample(index: int) -> Sample:
         made: Any = function(index)
-        return made if isinstance(made, tuple) else (made, "")
+        pixels, captions = made if isinstance(made, tuple) else (made, "")
+        return pixels, (captions,) if isinstance(captions, str) else tuple(captions)
 
     return sample
 
@@ -75,4 +77,4 @@ def _read(path: Path) -> Sample:
     except (UnidentifiedImageError, OSError) as error:
         raise ValueError(f"cannot read the picture {path}: {error}") from error
     caption = path.with_suffix(".txt")
-    return pixels, caption.read_text(encoding="utf-8").strip() if caption.is_file() else ""
+    return pixels, (caption.read_text(encoding="utf-8").strip() if caption.is_file() else "",)

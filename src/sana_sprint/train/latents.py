@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,9 +23,9 @@ _ENCODE_BATCH = 32
 
 
 class LatentCache:
-    """`latents` (n,C,h,w) bf16, unit variance, and a caption for each."""
+    """`latents` (n,C,h,w) bf16, unit variance, and one or more captions for each."""
 
-    def __init__(self, latents: Tensor, captions: list[str]) -> None:
+    def __init__(self, latents: Tensor, captions: Sequence[Sequence[str]]) -> None:
         self.latents = latents
         self.captions = captions
 
@@ -32,8 +33,11 @@ class LatentCache:
         return len(self.captions)
 
     def batch(self, indices: Tensor) -> tuple[Tensor, list[str]]:
-        """(B,C,h,w) fp32 and captions at these indices."""
-        return self.latents[indices].float(), [self.captions[int(i)] for i in indices]
+        """(B,C,h,w) fp32 at these indices, and for each one of its captions, drawn by torch's generator."""
+        chosen = torch.rand(len(indices)).tolist()
+        captions = [self.captions[i] for i in indices.tolist()]
+        drawn = [texts[int(part * len(texts))] for texts, part in zip(captions, chosen, strict=True)]
+        return self.latents[indices].float(), drawn
 
 
 def cached_latents(
@@ -97,7 +101,7 @@ def _key(source: str, num_samples: int, autoencoder: AutoencoderDC) -> str:
         digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
     sample = open_source(source)
     for index in range(0, num_samples, max(1, num_samples // 16)):
-        pixels, caption = sample(index)
+        pixels, captions = sample(index)
         digest.update(pixels.tobytes())
-        digest.update(caption.encode())
+        digest.update("|".join(captions).encode())
     return digest.hexdigest()[:16]

@@ -58,7 +58,7 @@ class StudentStage:
         self.transformer.set_fused_attention(False)
         self.module = Student(self.transformer, self.cache.latents[0].numel())
         source = open_source(config.data.source)
-        self.validation_captions = [source(VALIDATION_START + i)[1] for i in range(8)]
+        self.validation_captions = [source(VALIDATION_START + i)[1][0] for i in range(8)]
 
     def loss(self, step: int) -> tuple[Tensor, Metrics]:
         """The sCM loss on the step's part of the shuffled cache."""

@@ -47,7 +47,7 @@ class TeacherStage:
         self.module = nn.ModuleDict({"transformer": self.transformer, "text_encoder": text_encoder})
         _initialise(self.transformer)
         source = open_source(config.data.source)
-        self.validation_captions = [source(VALIDATION_START + i)[1] for i in range(16)]
+        self.validation_captions = [source(VALIDATION_START + i)[1][0] for i in range(16)]
 
     def loss(self, step: int) -> tuple[Tensor, Metrics]:
         """Flow-matching loss on the step's part of the shuffled cache."""
@@ -93,7 +93,7 @@ class TeacherStage:
         """Learnt by the first process, once for a run: the others, and a resumed run, read it back."""
         folder = self.config.output / "tokenizer"
         if distributed.rank() == 0 and not folder.is_dir():
-            captions = self.cache.captions[:NUM_TOKENIZER_CAPTIONS]
+            captions = [texts[0] for texts in self.cache.captions[:NUM_TOKENIZER_CAPTIONS]]
             train_tokenizer(captions, self.config.tokenizer_vocab).save_pretrained(str(folder))
         distributed.barrier()
         return load_tokenizer(folder)
