@@ -30,7 +30,7 @@ RELATION_WORDS = {
     "below": "below",
     "and": None,
 }
-NUMBER_WORDS = {"a pair of": 1, "a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4}
+NUMBER_WORDS = {"a pair of": 1, "one pair of": 1, "a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4}
 SAME_IN_PLURAL = {"sheep", "fish", "broccoli", "scissors"}
 OTHER_PLURALS = {"bus": "buses", "cup of coffee": "cups of coffee"}
 
@@ -48,7 +48,7 @@ PLURAL = {
 
 def counted(phrase: str) -> tuple[str, int]:
     """ "two buses" -> ("bus", 2); checks the article too."""
-    match = re.fullmatch(r"(a pair of|an|a|one|two|three|four) (.+)", phrase)
+    match = re.fullmatch(r"(a pair of|one pair of|an|a|one|two|three|four) (.+)", phrase)
     assert match, phrase
     number = NUMBER_WORDS[match[1]]
     if match[1] in ("a", "an"):
