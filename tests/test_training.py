@@ -68,7 +68,9 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def weights(folder: Path) -> dict[str, Tensor]:
     checkpoint = load_latest(folder)
     assert checkpoint is not None
-    return {**checkpoint["module"], **{f"ema {name}": value for name, value in checkpoint["ema"].items()}}
+    learner = checkpoint["learner"]
+    (player,) = learner["players"].values()
+    return {**player["module"], **{f"ema {name}": value for name, value in learner["ema"].items()}}
 
 
 def test_every_stage_writes_its_log_samples_and_model(chain: Path) -> None:
@@ -108,12 +110,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(
     stage = TeacherStage(stopped, report=silent)  # type: ignore[arg-type]  # a teacher's values make a TeacherRun
     real_loss, calls = stage.loss, 0
 
-    def dies_in_its_third_step(step: int) -> tuple[Tensor, loop.Metrics]:
+    def dies_in_its_third_step(part: loop.Part) -> tuple[Tensor, loop.Metrics]:
         nonlocal calls
         calls += 1
         if calls == 3:
             raise KeyboardInterrupt
-        return real_loss(step)
+        return real_loss(part)
 
     stage.loss = dies_in_its_third_step  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
@@ -214,8 +216,8 @@ def test_non_finite_steps_change_nothing_and_then_stop_the_run(tmp_path: Path) -
     before = {name: value.clone() for name, value in stage.module.state_dict().items()}
     real_loss = stage.loss
 
-    def broken(step: int) -> tuple[Tensor, loop.Metrics]:
-        loss, metrics = real_loss(step)
+    def broken(part: loop.Part) -> tuple[Tensor, loop.Metrics]:
+        loss, metrics = real_loss(part)
         return loss * float("nan"), metrics
 
     stage.loss = broken  # type: ignore[method-assign]

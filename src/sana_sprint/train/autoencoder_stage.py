@@ -13,8 +13,7 @@ from sana_sprint.images import grid, to_pil
 from sana_sprint.models.autoencoder import AutoencoderConfig, AutoencoderDC
 from sana_sprint.train.config import AutoencoderRun
 from sana_sprint.train.data import VALIDATION_START, channels_last, open_source, pictures
-from sana_sprint.train.distributed import own_indices
-from sana_sprint.train.loop import Metrics, autocast
+from sana_sprint.train.stage import Metrics, Part, autocast
 from sana_sprint.weights import save_model
 
 NUM_VALIDATION = 128
@@ -27,11 +26,16 @@ class AutoencoderStage:
         torch.manual_seed(config.seed)
         self.config = config
         self.module = channels_last(AutoencoderDC(AutoencoderConfig.from_dict(config.model)))
+        self.players = {"autoencoder": self.module}
         self.source = open_source(config.data.source)
 
-    def loss(self, step: int) -> tuple[Tensor, Metrics]:
-        """Reconstruction of the step's pictures from noised latents, plus the latents' size."""
-        image, _ = pictures(self.source, own_indices(step, self.config.schedule.batch_size))
+    def player(self, step: int) -> str:
+        """The autoencoder, always."""
+        return "autoencoder"
+
+    def loss(self, part: Part) -> tuple[Tensor, Metrics]:
+        """Reconstruction of the part's pictures from noised latents, plus the latents' size."""
+        image, _ = pictures(self.source, part.indices)
         with autocast(self.config):
             latent = self.module.encode(image).float()
             restored = self.module.decode(

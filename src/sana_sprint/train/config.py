@@ -53,6 +53,8 @@ class ScheduleConfig(_Section):
 
     steps: int = Field(ge=1)
     batch_size: int = Field(ge=1)
+    # Parts that a process computes one after the other for a step, so that a large batch fits into memory.
+    accumulation: int = Field(default=1, ge=1)
     log_every: int = Field(default=20, ge=1)
     sample_every: int = Field(default=500, ge=1)
     save_every: int = Field(default=500, ge=1)
@@ -66,6 +68,11 @@ class _Run(_Section):
     data: DataConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig
+
+    @property
+    def optimizers(self) -> tuple[OptimizerConfig, ...]:
+        """One for each of the stage's players, in order."""
+        return (self.optimizer,)
 
 
 class AutoencoderRun(_Run):

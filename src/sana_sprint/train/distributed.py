@@ -17,6 +17,8 @@ from torch import Tensor, distributed
 def start() -> None:
     """Joins the process group that torchrun announced; alone, does nothing."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(device())
         distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 
 
@@ -24,6 +26,13 @@ def stop() -> None:
     """Leaves the process group."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+def device() -> torch.device:
+    """Where this process computes: its own CUDA device, else Apple's GPU, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def rank() -> int:
@@ -34,18 +43,6 @@ def rank() -> int:
 def world_size() -> int:
     """How many processes there are."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
-
-
-def own_indices(step: int, batch_size: int) -> range:
-    """Sample indices of this process's part of a step's batch.
-
-    Raises:
-        ValueError: the batch does not divide evenly over the processes.
-    """
-    size = world_size()
-    if batch_size % size:
-        raise ValueError(f"batch_size must be divisible by the {size} processes; got {batch_size}")
-    return range(step * batch_size + rank(), (step + 1) * batch_size, size)
 
 
 def average_gradients(parameters: Sequence[Tensor]) -> None:
@@ -66,7 +63,7 @@ def average(value: float) -> float:
     """The mean of a number over the processes."""
     if world_size() == 1:
         return value
-    total = torch.tensor(value, dtype=torch.float64)
+    total = torch.tensor(value, dtype=torch.float64, device=device())
     distributed.all_reduce(total)
     return float(total) / world_size()
 

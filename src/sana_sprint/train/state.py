@@ -6,6 +6,7 @@ There is no generator state: every step seeds itself from (seed, step), see `loo
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,11 @@ class EMA:
         for name, parameter in module.named_parameters():
             parameter.copy_(self.weights[name])
 
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Takes up the weights of an average that was saved."""
+        for name, weight in self.weights.items():
+            weight.copy_(weights[name])
+
     @torch.no_grad()
     def swap(self, module: nn.Module) -> None:
         """Exchanges the module's parameters and the average; twice is the identity."""
@@ -63,8 +69,3 @@ def load_latest(folder: Path) -> dict[str, Any] | None:
         return None
     content: dict[str, Any] = torch.load(found[-1], map_location="cpu", weights_only=True)
     return content
-
-
-def flat_parameters(module: nn.Module) -> list[Tensor]:
-    """Parameters that learn, in order."""
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]

@@ -15,13 +15,12 @@ from sana_sprint.models.autoencoder import AutoencoderDC
 from sana_sprint.models.text_encoder import PromptEmbeddings, PromptEncoder, load_text_encoder, load_tokenizer
 from sana_sprint.models.transformer import SanaTransformer2DModel
 from sana_sprint.sampling import SCMScheduler, sample, schedule
-from sana_sprint.train import distributed
 from sana_sprint.train.conditioning import embed, unconditional
 from sana_sprint.train.config import StudentRun
 from sana_sprint.train.data import VALIDATION_START, channels_last, open_source
 from sana_sprint.train.latents import cached_latents, shuffled
-from sana_sprint.train.loop import Metrics, Report, autocast
 from sana_sprint.train.losses import consistency_target, scaled_tangent, scm_loss
+from sana_sprint.train.stage import Metrics, Part, Report, autocast
 from sana_sprint.trigflow import Denoiser, add_noise, flow_denoiser, lognormal_times, trig_to_flow
 from sana_sprint.weights import ModelIndex, load_model, save_model, write_model_index
 
@@ -57,14 +56,18 @@ class StudentStage:
         # Forward-mode differentiation has no rule for fused attention.
         self.transformer.set_fused_attention(False)
         self.module = Student(self.transformer, self.cache.latents[0].numel())
+        self.players = {"student": self.module}
         source = open_source(config.data.source)
         self.validation_captions = [source(VALIDATION_START + i)[1][0] for i in range(8)]
 
-    def loss(self, step: int) -> tuple[Tensor, Metrics]:
-        """The sCM loss on the step's part of the shuffled cache."""
+    def player(self, step: int) -> str:
+        """The student, always."""
+        return "student"
+
+    def loss(self, part: Part) -> tuple[Tensor, Metrics]:
+        """The sCM loss on a part of the shuffled cache."""
         config = self.config
-        indices = distributed.own_indices(step, config.schedule.batch_size)
-        u0, captions = self.cache.batch(shuffled(indices, len(self.cache), config.seed))
+        u0, captions = self.cache.batch(shuffled(part.indices, len(self.cache), config.seed))
         t = lognormal_times(len(u0), mean=config.time_mean, std=config.time_std)
         scales = torch.tensor(config.guidance_scales)
         guidance = scales[torch.randint(len(scales), (len(u0),))]
@@ -78,7 +81,7 @@ class StudentStage:
             F = self._student(embeddings, guidance)(u, t).float()
             _, embedding = self.transformer.embed_time(trig_to_flow(t), guidance)
             logvar = self.module.logvar(embedding).float().squeeze(1)
-        warmup = min(1.0, step / max(1, config.tangent_warmup_steps))
+        warmup = min(1.0, part.step / max(1, config.tangent_warmup_steps))
         g = consistency_target(F.detach(), teacher_F, tangent, u, t, tangent_weight=warmup)
         loss, metrics = scm_loss(F, g, t, logvar)
         return loss, {**metrics, "tangent_norm": tangent.flatten(1).norm(dim=1).mean().item()}

@@ -19,7 +19,7 @@ from sana_sprint.train.config import TeacherRun
 from sana_sprint.train.data import VALIDATION_START, channels_last, open_source
 from sana_sprint.train.flow import flow_loss, guided, logit_normal_times, sample_flow
 from sana_sprint.train.latents import cached_latents, shuffled
-from sana_sprint.train.loop import Metrics, Report, autocast
+from sana_sprint.train.stage import Metrics, Part, Report, autocast
 from sana_sprint.train.text import make_text_encoder, save_text, train_tokenizer
 from sana_sprint.trigflow import Velocity
 from sana_sprint.weights import load_model, save_model
@@ -44,15 +44,20 @@ class TeacherStage:
         text_encoder = make_text_encoder(len(tokenizer), config.text_encoder)
         self.encoder = PromptEncoder(tokenizer, text_encoder)
         self.transformer = SanaTransformer2DModel(TransformerConfig.from_dict(config.model))
-        self.module = nn.ModuleDict({"transformer": self.transformer, "text_encoder": text_encoder})
+        self.players = {
+            "teacher": nn.ModuleDict({"transformer": self.transformer, "text_encoder": text_encoder})
+        }
         _initialise(self.transformer)
         source = open_source(config.data.source)
         self.validation_captions = [source(VALIDATION_START + i)[1][0] for i in range(16)]
 
-    def loss(self, step: int) -> tuple[Tensor, Metrics]:
-        """Flow-matching loss on the step's part of the shuffled cache."""
-        indices = distributed.own_indices(step, self.config.schedule.batch_size)
-        u0, captions = self.cache.batch(shuffled(indices, len(self.cache), self.config.seed))
+    def player(self, step: int) -> str:
+        """The teacher, always."""
+        return "teacher"
+
+    def loss(self, part: Part) -> tuple[Tensor, Metrics]:
+        """Flow-matching loss on a part of the shuffled cache."""
+        u0, captions = self.cache.batch(shuffled(part.indices, len(self.cache), self.config.seed))
         with autocast(self.config):
             instruction = float(torch.rand(())) < self.config.instruction_rate
             embeddings = embed(self.encoder, captions, instruction=instruction)
