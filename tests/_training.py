@@ -88,3 +88,8 @@ def student_run(output: Path, teacher: Path, *, steps: int = 2) -> dict[str, Any
         "optimizer": {"warmup_steps": 1, "learning_rate": 1e-4},
         "schedule": _schedule(steps),
     }
+
+
+def hybrid_run(output: Path, teacher: Path, *, steps: int = 4, **discriminator: Any) -> dict[str, Any]:
+    heads = {"blocks": [0, 1], "optimizer": {"warmup_steps": 0}, **discriminator}
+    return {**student_run(output, teacher, steps=steps), "discriminator": heads}

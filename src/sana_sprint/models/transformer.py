@@ -6,7 +6,7 @@ Attribute names are checkpoint keys of the published `SanaTransformer2DModel`, c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -280,19 +280,53 @@ class SanaTransformer2DModel(nn.Module):
         guidance: guidance scale (B,), fp32; required exactly if `config.guidance_embeds`.
         Raises ValueError for shapes that do not fit and for guidance missing or superfluous.
         """
-        self._check_inputs(hidden_states, timestep, context, guidance)
-        patch = self.config.patch_size
-        grid = (hidden_states.shape[2] // patch, hidden_states.shape[3] // patch)
-
+        self.check_inputs(hidden_states, timestep, context, guidance)
+        grid = self._grid(hidden_states)
         x = self.patch_embed(hidden_states)  # (B,N,D)
         modulation, embedding = self.embed_time(timestep, guidance)
-        modulation = torch.unflatten(modulation, 1, (6, -1))  # (B,6,D)
-        for block, key, value in zip(self.transformer_blocks, context.keys, context.values, strict=True):
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, modulation, key, value, context.bias, grid, use_reentrant=False)
-            else:
-                x = block(x, modulation, key, value, context.bias, grid)
+        for number, block in enumerate(self.transformer_blocks):
+            x = self._run(block, number, x, modulation, context, grid)
         return self._to_latent(x, embedding, grid).to(hidden_states.dtype)
+
+    def block_outputs(
+        self, hidden_states: Tensor, timestep: Tensor, context: CaptionContext, guidance: Tensor | None = None
+    ) -> Iterator[Tensor]:
+        """The tokens (B,N,D) after each block in turn, as features; arguments and errors are those of `forward`.
+
+        Blocks run as they are asked for: a caller that needs only the first few pays only for those.
+        """
+        self.check_inputs(hidden_states, timestep, context, guidance)
+        grid = self._grid(hidden_states)
+        x = self.patch_embed(hidden_states)
+        modulation, _ = self.embed_time(timestep, guidance)
+        for number, block in enumerate(self.transformer_blocks):
+            x = self._run(block, number, x, modulation, context, grid)
+            yield x
+
+    def _run(
+        self,
+        block: nn.Module,
+        number: int,
+        x: Tensor,
+        modulation: Tensor,
+        context: CaptionContext,
+        grid: tuple[int, int],
+    ) -> Tensor:
+        inputs = (
+            x,
+            torch.unflatten(modulation, 1, (6, -1)),  # (B,6,D)
+            context.keys[number],
+            context.values[number],
+            context.bias,
+            grid,
+        )
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)  # type: ignore[no-any-return]
+        return block(*inputs)  # type: ignore[no-any-return]
+
+    def _grid(self, latent: Tensor) -> tuple[int, int]:
+        patch = self.config.patch_size
+        return latent.shape[2] // patch, latent.shape[3] // patch
 
     def _to_latent(self, x: Tensor, embedding: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens (B,N,D) -> latent (B,out_channels,H,W)."""
@@ -300,6 +334,10 @@ class SanaTransformer2DModel(nn.Module):
         with autocast_off(x.device):  # a few channels only: full precision is free here
             x = modulate(self.norm_out(x), shift, scale)
             x = F.linear(x.to(self.dtype), self.proj_out.weight, self.proj_out.bias)
+        return self.unpatchify(x, grid)
+
+    def unpatchify(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Patches (B,N,p*p*C) -> latent (B,C,H*p,W*p)."""
         patch = self.config.patch_size
         x = x.view(x.shape[0], *grid, patch, patch, -1)  # (B,H,W,p,p,C)
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
@@ -314,7 +352,7 @@ class SanaTransformer2DModel(nn.Module):
                 f"text_mask has shape {tuple(text_mask.shape)}; expected {tuple(text.shape[:2])} as the text has"
             )
 
-    def _check_inputs(
+    def check_inputs(
         self, hidden_states: Tensor, timestep: Tensor, context: CaptionContext, guidance: Tensor | None
     ) -> None:
         channels, patch, shape = self.config.in_channels, self.config.patch_size, tuple(hidden_states.shape)

@@ -6,6 +6,7 @@ x_s = (1-s) x_0 + s z with s from 0 (data) to 1 (noise); the network predicts v 
 from __future__ import annotations
 
 import itertools
+import math
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +26,47 @@ def flow_loss(velocity: Velocity, u0: Tensor, noise: Tensor, flow_t: Tensor) -> 
     return nn.functional.mse_loss(predicted.float(), noise - u0, reduction="none").flatten(1).mean(1)
 
 
-def guided(conditional: Velocity, unconditional: Velocity, scale: float) -> Velocity:
-    """Classifier-free guidance: v_unc + scale (v_cond - v_unc); scale 1 is the conditional model alone."""
+def guided(
+    conditional: Velocity,
+    unconditional: Velocity,
+    scale: float | Tensor,
+    *,
+    projected: bool = False,
+    limit: float = math.inf,
+) -> Velocity:
+    """Guidance by the difference between the model with and without its caption.
+
+    Plain, it is classifier-free guidance, v_unc + scale (v_cond - v_unc). Projected, it is adaptive projected guidance
+    (arXiv 2410.02416) without momentum: the part of the difference that is parallel to the clean prediction
+    only saturates the picture, and is left out.
+
+    Args:
+        conditional: the model with the caption.
+        unconditional: the model without.
+        scale: one number, or one for each sample (B,); 1 is the conditional model alone.
+        projected: leave the parallel part out.
+        limit: greatest RMS of the difference between clean predictions; a greater one is scaled down to it. Projected only.
+    """
 
     def velocity(x: Tensor, flow_t: Tensor) -> Tensor:
-        base = unconditional(x, flow_t)
-        return base + scale * (conditional(x, flow_t) - base)
+        v, base = conditional(x, flow_t), unconditional(x, flow_t)
+        weight = expand_like(scale, v) if isinstance(scale, Tensor) else scale
+        if not projected:
+            return base + weight * (v - base)
+        # Clean predictions are x - s v, so their difference is -s times that of the velocities.
+        s = expand_like(flow_t, v)
+        return v + (weight - 1) * _without_parallel(v - base, x - s * v, limit / s)
 
     return velocity
+
+
+def _without_parallel(difference: Tensor, direction: Tensor, limit: Tensor) -> Tensor:
+    """The part of each sample's difference that is orthogonal to a direction, its RMS at most `limit` (B,1,1,1)."""
+    unit = nn.functional.normalize(direction.flatten(1)).view_as(direction)
+    parallel = (difference * unit).flatten(1).sum(1)
+    rest = difference - expand_like(parallel, unit) * unit
+    rms = expand_like(rest.flatten(1).square().mean(1).sqrt(), rest)
+    return rest * (limit / rms.clamp_min(torch.finfo(rms.dtype).tiny)).clamp_max(1)
 
 
 def sample_flow(velocity: Velocity, noise: Tensor, *, num_steps: int = 20, shift: float = 1.0) -> Tensor:

@@ -1,4 +1,4 @@
-"""The continuous-time consistency loss (sCM) of SANA-Sprint, in unit space. Pure functions.
+"""The losses of SANA-Sprint: continuous-time consistency (sCM) in unit space, and adversarial (LADD). Pure functions.
 
 Algorithm 2 and equations of section 3.2 (arXiv 2503.09641), with everything divided by sigma_d: u = x_t/sigma_d, and
 the teacher's velocity dx_t/dt / sigma_d is its network output F. The tangent's normalisation constant c = 0.1 then
@@ -6,6 +6,8 @@ becomes c/sigma_d, and g below equals the paper's normalised g.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -60,3 +62,40 @@ def scm_loss(F: Tensor, g: Tensor, t: Tensor, logvar: Tensor) -> tuple[Tensor, d
     prior_weight = 1 / (SIGMA_DATA * torch.tan(t))
     loss = (prior_weight * torch.exp(-logvar) * error + logvar).mean()
     return loss, {"scm_error": error.detach().mean().item(), "logvar": logvar.detach().mean().item()}
+
+
+def hinge_discriminator(real: Tensor, fake: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """(mean max(0, 1 - real) + mean max(0, 1 + fake)) / 2, the hinge loss of the heads (LADD, eq. 4).
+
+    Args:
+        real: logits of noised pictures with their own captions, of any shape.
+        fake: logits of noised student pictures, and of pictures with other captions.
+
+    Returns:
+        The loss, and what tells a stuck game: mean logits, and the saturated parts, which give no gradient.
+    """
+    loss = (torch.relu(1 - real).mean() + torch.relu(1 + fake).mean()) / 2
+    metrics = {
+        "real_logit": real.detach().mean().item(),
+        "fake_logit": fake.detach().mean().item(),
+        "real_saturated": (real.detach() > 1).float().mean().item(),
+        "fake_saturated": (fake.detach() < -1).float().mean().item(),
+    }
+    return loss, metrics
+
+
+def hinge_generator(fake: Tensor) -> Tensor:
+    """-mean of the logits: what the student minimises."""
+    return -fake.mean()
+
+
+def r1_penalty(logits: Tensor, features: Sequence[Tensor]) -> Tensor:
+    """Squared gradient norm of each sample's summed logits by the heads' inputs, mean over samples (R1).
+
+    Args:
+        logits: of real samples, (B,n).
+        features: what the heads made them from, (B,N,D) each, with `requires_grad`.
+    """
+    gradients = torch.autograd.grad(logits.sum(), list(features), create_graph=True)
+    squares: list[Tensor] = [gradient.float().square().sum() for gradient in gradients]
+    return torch.stack(squares).sum() / len(logits)

@@ -1,10 +1,13 @@
-"""Distilling a teacher into a consistency student: sCM, with the guidance scale as an input."""
+"""Distilling a teacher into a student for 1 to 4 steps: consistency (sCM) and adversarial (LADD) losses together.
+
+Algorithm 2 of SANA-Sprint (arXiv 2503.09641). The student learns on even steps, the discriminator on odd ones.
+"""
 
 from __future__ import annotations
 
-import math
 import shutil
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,28 +16,38 @@ from torch import Tensor, nn
 from sana_sprint.images import grid, to_pil
 from sana_sprint.models.autoencoder import AutoencoderDC
 from sana_sprint.models.text_encoder import PromptEmbeddings, PromptEncoder, load_text_encoder, load_tokenizer
-from sana_sprint.models.transformer import SanaTransformer2DModel
+from sana_sprint.models.transformer import CaptionContext, SanaTransformer2DModel
 from sana_sprint.sampling import SCMScheduler, sample, schedule
+from sana_sprint.train.adversary import Adversary
 from sana_sprint.train.conditioning import embed, unconditional
 from sana_sprint.train.config import StudentRun
 from sana_sprint.train.data import VALIDATION_START, channels_last, open_source
+from sana_sprint.train.flow import guided
 from sana_sprint.train.latents import cached_latents, shuffled
 from sana_sprint.train.losses import consistency_target, scaled_tangent, scm_loss
 from sana_sprint.train.stage import Metrics, Part, Report, autocast
-from sana_sprint.trigflow import Denoiser, add_noise, flow_denoiser, lognormal_times, trig_to_flow
+from sana_sprint.train.student import Student, with_guidance
+from sana_sprint.trigflow import (
+    Denoiser,
+    add_noise,
+    flow_denoiser,
+    lognormal_times,
+    trig_to_flow,
+)
 from sana_sprint.weights import ModelIndex, load_model, save_model, write_model_index
 
+VALIDATION_GUIDANCE = 4.5  # the pipeline's default
+NUM_VALIDATION_CAPTIONS = 8
 
-class Student(nn.Module):
-    """A transformer with guidance embedding, and the loss's log variance, a linear map of its time embedding."""
 
-    def __init__(self, transformer: SanaTransformer2DModel, latent_size: int) -> None:
-        super().__init__()
-        self.transformer = transformer
-        self.logvar = nn.Linear(transformer.config.width, 1)
-        nn.init.xavier_uniform_(self.logvar.weight)
-        # The target has norm 1 at most, so its mean square is near 1/size: start the log variance there.
-        nn.init.constant_(self.logvar.bias, -math.log(latent_size))
+@dataclass(frozen=True)
+class _Batch:
+    """Clean latents (B,C,H,W), the teacher's context of their captions, their embeddings, and guidance scales (B,)."""
+
+    u0: Tensor
+    embeddings: PromptEmbeddings
+    captioned: CaptionContext
+    guidance: Tensor
 
 
 class StudentStage:
@@ -55,43 +68,40 @@ class StudentStage:
         self.transformer = with_guidance(self.teacher)
         # Forward-mode differentiation has no rule for fused attention.
         self.transformer.set_fused_attention(False)
-        self.module = Student(self.transformer, self.cache.latents[0].numel())
-        self.players = {"student": self.module}
+        self.student = Student(self.transformer, self.cache.latents[0].numel())
+        self.adversary = config.discriminator and Adversary(
+            config.discriminator, self.teacher, self._draw_times
+        )
         source = open_source(config.data.source)
-        self.validation_captions = [source(VALIDATION_START + i)[1][0] for i in range(8)]
+        self.validation_captions = [
+            source(VALIDATION_START + i)[1][0] for i in range(NUM_VALIDATION_CAPTIONS)
+        ]
+
+    @property
+    def players(self) -> Mapping[str, nn.Module]:
+        """The student and, in a hybrid run, the discriminator's heads."""
+        players: dict[str, nn.Module] = {"student": self.student}
+        return {**players, "discriminator": self.adversary.discriminator} if self.adversary else players
 
     def player(self, step: int) -> str:
-        """The student, always."""
-        return "student"
+        """The student on even steps, the discriminator on odd ones; the student always, if it is alone."""
+        return "discriminator" if self.adversary and step % 2 else "student"
 
     def loss(self, part: Part) -> tuple[Tensor, Metrics]:
-        """The sCM loss on a part of the shuffled cache."""
-        config = self.config
-        u0, captions = self.cache.batch(shuffled(part.indices, len(self.cache), config.seed))
-        t = lognormal_times(len(u0), mean=config.time_mean, std=config.time_std)
-        scales = torch.tensor(config.guidance_scales)
-        guidance = scales[torch.randint(len(scales), (len(u0),))]
-        u = add_noise(u0, torch.randn_like(u0), t)
+        """The step's player's loss on its own batch."""
         with autocast(self.config):
-            instruction = float(torch.rand(())) < config.instruction_rate
-            with torch.no_grad():
-                embeddings = embed(self.encoder, captions, instruction=instruction)
-                teacher_F = self._teacher_output(u, t, embeddings, guidance)
-                tangent = scaled_tangent(self._student(embeddings, guidance), u, t, teacher_F)
-            F = self._student(embeddings, guidance)(u, t).float()
-            _, embedding = self.transformer.embed_time(trig_to_flow(t), guidance)
-            logvar = self.module.logvar(embedding).float().squeeze(1)
-        warmup = min(1.0, part.step / max(1, config.tangent_warmup_steps))
-        g = consistency_target(F.detach(), teacher_F, tangent, u, t, tangent_weight=warmup)
-        loss, metrics = scm_loss(F, g, t, logvar)
-        return loss, {**metrics, "tangent_norm": tangent.flatten(1).norm(dim=1).mean().item()}
+            batch = self._batch(part)
+            student = self.denoiser(batch.embeddings, batch.guidance)
+            if self.adversary and self.player(part.step) == "discriminator":
+                return self.adversary.discriminator_loss(student, batch.u0, batch.captioned)
+            return self._student_loss(student, batch, part.step)
 
     def validate(self, folder: Path, step: int) -> Metrics:
         """Pictures of fixed prompts from fixed noise: a row each at 1, 2 and 4 steps."""
         shape = (len(self.validation_captions), *self.cache.latents.shape[1:])
         with autocast(self.config):
             embeddings = embed(self.encoder, self.validation_captions, instruction=True)
-            denoiser = self._student(embeddings, torch.full((shape[0],), 4.5))
+            denoiser = self.denoiser(embeddings, torch.full((shape[0],), VALIDATION_GUIDANCE))
             rows = []
             for num_steps in (1, 2, 4):
                 generator = torch.Generator().manual_seed(0)
@@ -115,15 +125,58 @@ class StudentStage:
         SCMScheduler().save_pretrained(folder / "scheduler")
         write_model_index(folder, sprint_index(type(self.encoder.tokenizer).__name__))
 
-    def _teacher_output(self, u: Tensor, t: Tensor, embeddings: PromptEmbeddings, guidance: Tensor) -> Tensor:
-        """The guided teacher's F: (B,C,H,W) fp32. Guidance is linear, so it is the same before and after the transform."""
-        conditional = self.teacher.encode_caption(embeddings.embeds, embeddings.mask)
-        empty = unconditional(self.teacher, embeddings)
-        with_caption = flow_denoiser(lambda x, s: self.teacher(x, s, conditional))(u, t).float()
-        without = flow_denoiser(lambda x, s: self.teacher(x, s, empty))(u, t).float()
-        return without + guidance[:, None, None, None] * (with_caption - without)
+    def _student_loss(self, student: Denoiser, batch: _Batch, step: int) -> tuple[Tensor, Metrics]:
+        """Weighted sum of the losses; one of them may be absent."""
+        loss, metrics = torch.zeros(()), Metrics()
+        if self.config.scm_weight:
+            warmup = min(1.0, step / max(1, self.config.tangent_warmup_steps))
+            scm, metrics = self._scm_loss(student, batch, warmup)
+            loss = loss + self.config.scm_weight * scm
+        if self.adversary:
+            adversarial = self.adversary.student_loss(student, batch.u0, batch.captioned)
+            loss = loss + self.adversary.config.weight * adversarial
+            metrics["adversarial_loss"] = adversarial.item()
+        return loss, metrics
 
-    def _student(self, embeddings: PromptEmbeddings, guidance: Tensor) -> Denoiser:
+    def _scm_loss(self, student: Denoiser, batch: _Batch, warmup: float) -> tuple[Tensor, Metrics]:
+        t = self._draw_times(len(batch.u0))
+        u = add_noise(batch.u0, torch.randn_like(batch.u0), t)
+        with torch.no_grad():
+            teacher_F = self._teacher(batch)(u, t).float()
+            tangent = scaled_tangent(student, u, t, teacher_F)
+        F = student(u, t).float()
+        _, embedding = self.transformer.embed_time(trig_to_flow(t), batch.guidance)
+        logvar = self.student.logvar(embedding).float().squeeze(1)
+        g = consistency_target(F.detach(), teacher_F, tangent, u, t, tangent_weight=warmup)
+        return scm_loss(F, g, t, logvar)
+
+    def _draw_times(self, count: int) -> Tensor:
+        return lognormal_times(count, mean=self.config.time_mean, std=self.config.time_std)
+
+    @torch.no_grad()
+    def _batch(self, part: Part) -> _Batch:
+        u0, captions = self.cache.batch(shuffled(part.indices, len(self.cache), self.config.seed))
+        scales = torch.tensor(self.config.guidance_scales)
+        guidance = scales[torch.randint(len(scales), (len(u0),))]
+        instruction = float(torch.rand(())) < self.config.instruction_rate
+        embeddings = embed(self.encoder, captions, instruction=instruction)
+        captioned = self.teacher.encode_caption(embeddings.embeds, embeddings.mask)
+        return _Batch(u0, embeddings, captioned, guidance)
+
+    def _teacher(self, batch: _Batch) -> Denoiser:
+        """The guided teacher. Guidance is affine in the velocity, so it is the same before and after the transform."""
+        empty = unconditional(self.teacher, batch.embeddings)
+        velocity = guided(
+            lambda x, s: self.teacher(x, s, batch.captioned),
+            lambda x, s: self.teacher(x, s, empty),
+            batch.guidance,
+            projected=self.config.guidance_projected,
+            limit=self.config.guidance_limit,
+        )
+        return flow_denoiser(velocity)
+
+    def denoiser(self, embeddings: PromptEmbeddings, guidance: Tensor) -> Denoiser:
+        """The student, told the captions and the guidance scales (B,)."""
         context = self.transformer.encode_caption(embeddings.embeds, embeddings.mask)
         return flow_denoiser(lambda x, s: self.transformer(x, s, context, guidance))
 
@@ -140,22 +193,3 @@ def sprint_index(tokenizer_class: str) -> ModelIndex:
             "vae": ("diffusers", "AutoencoderDC"),
         },
     )
-
-
-def with_guidance(teacher: SanaTransformer2DModel) -> SanaTransformer2DModel:
-    """A copy of the teacher with a guidance embedding whose last layer is zero, so that both compute the same.
-
-    Only the last: were the first layer zero too, neither would ever get a gradient.
-    """
-    student = SanaTransformer2DModel(replace(teacher.config, guidance_embeds=True))
-    state = {
-        name.replace("time_embed.emb.", "time_embed."): value for name, value in teacher.state_dict().items()
-    }
-    embedder = "time_embed.guidance_embedder"
-    nn.init.normal_(student.get_parameter(f"{embedder}.linear_1.weight"), std=0.02)
-    nn.init.zeros_(student.get_parameter(f"{embedder}.linear_1.bias"))
-    nn.init.zeros_(student.get_parameter(f"{embedder}.linear_2.weight"))
-    nn.init.zeros_(student.get_parameter(f"{embedder}.linear_2.bias"))
-    own = {name: value for name, value in student.state_dict().items() if name.startswith(embedder)}
-    student.load_state_dict({**state, **own})
-    return student

@@ -1,0 +1,41 @@
+"""The student: its teacher with a guidance embedding, and the learnt variance of its loss."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from torch import nn
+
+from sana_sprint.models.transformer import SanaTransformer2DModel
+
+
+class Student(nn.Module):
+    """A transformer with guidance embedding, and the loss's log variance, a linear map of its time embedding."""
+
+    def __init__(self, transformer: SanaTransformer2DModel, latent_size: int) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.logvar = nn.Linear(transformer.config.width, 1)
+        nn.init.xavier_uniform_(self.logvar.weight)
+        # The target has norm 1 at most, so its mean square is near 1/size: start the log variance there.
+        nn.init.constant_(self.logvar.bias, -math.log(latent_size))
+
+
+def with_guidance(teacher: SanaTransformer2DModel) -> SanaTransformer2DModel:
+    """A copy of the teacher with a guidance embedding whose last layer is zero, so that both compute the same.
+
+    Only the last: were the first layer zero too, neither would ever get a gradient.
+    """
+    student = SanaTransformer2DModel(replace(teacher.config, guidance_embeds=True))
+    state = {
+        name.replace("time_embed.emb.", "time_embed."): value for name, value in teacher.state_dict().items()
+    }
+    embedder = "time_embed.guidance_embedder"
+    nn.init.normal_(student.get_parameter(f"{embedder}.linear_1.weight"), std=0.02)
+    nn.init.zeros_(student.get_parameter(f"{embedder}.linear_1.bias"))
+    nn.init.zeros_(student.get_parameter(f"{embedder}.linear_2.weight"))
+    nn.init.zeros_(student.get_parameter(f"{embedder}.linear_2.bias"))
+    own = {name: value for name, value in student.state_dict().items() if name.startswith(embedder)}
+    student.load_state_dict({**state, **own})
+    return student

@@ -1,0 +1,154 @@
+"""The hybrid distillation stage: who learns when, from which losses, and what must not move."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from _training import autoencoder_run, hybrid_run, student_run, teacher_run
+from pydantic import TypeAdapter
+from torch import nn
+
+from sana_sprint.train import loop
+from sana_sprint.train.autoencoder_stage import AutoencoderStage
+from sana_sprint.train.config import RunConfig, StudentRun
+from sana_sprint.train.learner import Learner
+from sana_sprint.train.stage import Part
+from sana_sprint.train.student_stage import StudentStage
+from sana_sprint.train.teacher_stage import TeacherStage
+from sana_sprint.trigflow import T_MAX
+
+
+def parse(values: dict[str, Any]) -> Any:
+    return TypeAdapter(RunConfig).validate_python(values)
+
+
+def silent(_: str) -> None:
+    """A report nobody reads."""
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher of a few steps."""
+    folder = tmp_path_factory.mktemp("hybrid")
+    run = parse(autoencoder_run(folder / "autoencoder", steps=1))
+    loop.run(AutoencoderStage(run), run, report=silent)
+    run = parse(teacher_run(folder / "teacher", folder / "autoencoder" / "final", steps=2))
+    loop.run(TeacherStage(run, report=silent), run, report=silent)
+    return folder / "teacher" / "final"
+
+
+@pytest.fixture
+def make_stage(teacher: Path, tmp_path: Path) -> Callable[..., StudentStage]:
+    def make(values: Callable[..., dict[str, Any]] = hybrid_run, /, **changes: Any) -> StudentStage:
+        own = {name: changes.pop(name) for name in list(changes) if name in StudentRun.model_fields}
+        run = parse({**values(tmp_path / "run", teacher, **changes), **own})
+        return StudentStage(run, report=silent)
+
+    return make
+
+
+def copies(module: nn.Module) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in module.parameters()]
+
+
+def moved(module: nn.Module, before: list[torch.Tensor]) -> bool:
+    return any(not torch.equal(p, old) for p, old in zip(module.parameters(), before, strict=True))
+
+
+def test_players_take_turns_and_only_the_one_whose_turn_it_is_moves(make_stage) -> None:
+    stage = make_stage()
+    learner = Learner(stage, stage.config)
+    student, heads = stage.players["student"], stage.players["discriminator"]
+    teacher_before = copies(stage.teacher)
+    for step, expected in enumerate(["student", "discriminator", "student", "discriminator"]):
+        before = {"student": copies(student), "discriminator": copies(heads)}
+        assert stage.player(step) == expected
+        learner.step(step)
+        changed = {name for name, module in stage.players.items() if moved(module, before[name])}
+        assert changed == {expected}
+    assert not moved(stage.teacher, teacher_before)
+
+
+def test_the_hybrid_loss_is_the_weighted_sum_of_its_parts(make_stage) -> None:
+    part = Part(step=0, indices=range(4))
+
+    def loss(**changes: Any) -> float:
+        stage = make_stage(**changes)
+        torch.manual_seed(7)
+        return stage.loss(part)[0].item()
+
+    scm = make_stage(student_run)
+    torch.manual_seed(7)
+    consistency = scm.loss(part)[0].item()
+    small, large = loss(weight=0.25), loss(weight=1.0)
+    # The loss is linear in the weight, and what is left at weight 0 is the consistency loss; fp32 sums.
+    assert (4 * small - large) / 3 == pytest.approx(consistency, abs=1e-4)
+    assert abs(large - small) > 1e-3
+
+
+def test_the_adversarial_loss_alone_trains_too(make_stage) -> None:
+    stage = make_stage(scm_weight=0.0)
+    before = copies(stage.student)
+    metrics = Learner(stage, stage.config).step(0)
+    assert moved(stage.student, before)
+    assert "scm_error" not in metrics
+    assert "adversarial_loss" in metrics
+
+
+def test_no_loss_at_all_is_an_error(teacher: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nothing to learn from"):
+        parse({**student_run(tmp_path, teacher), "scm_weight": 0.0})
+
+
+@pytest.mark.parametrize(("rate", "expected"), [(0.0, 0.0), (1.0, 1.0)])
+def test_max_time_weighting_starts_from_pure_noise(make_stage, rate: float, expected: float) -> None:
+    stage = make_stage(max_time_rate=rate)
+    times: list[torch.Tensor] = []
+
+    def student(u: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        times.append(t)
+        return torch.zeros_like(u)
+
+    u0 = torch.randn(64, 4, 4, 4)
+    context = stage.teacher.encode_caption(torch.randn(64, 3, 16))
+    stage.adversary.student_loss(student, u0, context)
+    stage.adversary.discriminator_loss(student, u0, context)
+    assert [(t == torch.tensor(T_MAX)).float().mean().item() for t in times] == [expected, expected]
+
+
+def test_misaligned_pairs_are_real_pictures_with_the_neighbours_caption(make_stage, monkeypatch) -> None:
+    seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    adversary = make_stage(max_time_rate=1.0).adversary
+    original = adversary._features
+
+    def record(u0, t, context):
+        seen.append((u0, t, context.keys[0]))
+        return original(u0, t, context)
+
+    monkeypatch.setattr(adversary, "_features", record)
+    u0 = torch.randn(3, 4, 4, 4)  # not a multiple of anything
+    context = adversary.teacher.encode_caption(torch.randn(3, 3, 16))
+    adversary.discriminator_loss(lambda u, t: -u, u0, context)
+    (real, real_t, _), (fake, fake_t, keys) = seen
+    torch.testing.assert_close(real, u0, rtol=0, atol=0)
+    torch.testing.assert_close(fake[3:], u0[[2, 0, 1]], rtol=0, atol=0)
+    torch.testing.assert_close(keys, context.keys[0][[0, 1, 2, 0, 1, 2]], rtol=0, atol=0)
+    # Student pictures are noised as much as the real ones; the misaligned pairs draw their own times.
+    torch.testing.assert_close(fake_t[:3], real_t, rtol=0, atol=0)
+    assert not torch.equal(fake_t[3:], real_t)
+
+
+def test_the_gradient_penalty_is_added_and_reported(make_stage) -> None:
+    part = Part(step=1, indices=range(4))
+    losses = {}
+    for weight in (0.0, 2.0):
+        stage = make_stage(r1_weight=weight)
+        torch.manual_seed(3)
+        loss, metrics = stage.loss(part)
+        losses[weight] = (loss.item(), metrics)
+    assert "r1" not in losses[0.0][1]
+    penalty = losses[2.0][1]["r1"]
+    assert penalty > 0
+    assert losses[2.0][0] == pytest.approx(losses[0.0][0] + penalty, rel=1e-4)  # weight / 2 = 1; fp32 sums
