@@ -49,8 +49,8 @@ def to_numpy(images: Tensor) -> np.ndarray:
     return array
 
 
-def from_pil(picture: Image.Image, *, background: str = "white") -> Tensor:
-    """A picture of any mode -> fp32 (1,3,H,W) in [-1,1], the right way up.
+def to_rgb(picture: Image.Image, *, background: str = "white") -> Image.Image:
+    """A picture of any mode as RGB, the right way up.
 
     The camera's orientation note is followed, 16-bit greys keep their range, and what is transparent shows
     `background`.
@@ -61,7 +61,12 @@ def from_pil(picture: Image.Image, *, background: str = "white") -> Tensor:
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, background), picture)
-    array = np.array(picture.convert("RGB"))
+    return picture.convert("RGB")
+
+
+def from_pil(picture: Image.Image, *, background: str = "white") -> Tensor:
+    """A picture of any mode -> fp32 (1,3,H,W) in [-1,1], as `to_rgb` has it."""
+    array = np.array(to_rgb(picture, background=background))
     return torch.from_numpy(array).permute(2, 0, 1)[None].float().div(127.5).sub(1)
 
 

@@ -1,107 +1,207 @@
-"""Latents computed once, kept on disk, and read back only if they are what this run needs."""
+"""Latents of a set of pictures, computed once and kept on disk."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections.abc import Sequence
+import bisect
+import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from sana_sprint.models.autoencoder import AutoencoderDC
-from sana_sprint.train import distributed
-from sana_sprint.train.data import open_source, pictures
-from sana_sprint.train.loop import Report
+from sana_sprint.resolutions import nearest_bucket
+from sana_sprint.train.data.order import BucketOrder, shuffled
+from sana_sprint.train.data.pictures import fit, to_tensor
+from sana_sprint.train.data.records import Unreadable
+from sana_sprint.train.data.source import MAX_BAD_FRACTION, Source, open_source, refuse_too_many
+from sana_sprint.train.parts import digest, make_parts, read_part, write_part
 
-_ENCODE_BATCH = 32
+__all__ = ["LatentCache", "cached_latents", "shuffled"]
+
+_FORMAT = "latents 2: bf16, of a bf16 autocast"  # part of every key; changes with what the files hold
+_PIXELS_AT_ONCE = 2**20  # through the autoencoder: one 1024 px picture
+_Shape = tuple[int, int, int]
 
 
 class LatentCache:
-    """`latents` (n,C,h,w) bf16, unit variance, and one or more captions for each."""
+    """Latents of unit variance and one or more captions for each, by index; shapes may differ.
 
-    def __init__(self, latents: Tensor, captions: Sequence[Sequence[str]]) -> None:
-        self.latents = latents
+    The latents stay on disk, mapped into memory; captions are in memory.
+    """
+
+    def __init__(self, blocks: Sequence[Tensor], captions: Sequence[Sequence[str]]) -> None:
+        """Args: blocks of latents, each (n,C,h,w); the captions of all, in the blocks' order."""
+        self.blocks = blocks
         self.captions = captions
+        self._starts = [0, *itertools.accumulate(map(len, blocks))]
+        self.buckets: dict[_Shape, Tensor] = {}  # shape (C,h,w) -> indices of its latents
+        for start, block in zip(self._starts, blocks, strict=False):
+            shape, indices = _shape(block), torch.arange(start, start + len(block))
+            self.buckets[shape] = torch.cat([self.buckets.get(shape, indices[:0]), indices])
 
     def __len__(self) -> int:
         return len(self.captions)
 
+    @property
+    def shape(self) -> _Shape:
+        """(C,h,w) of most latents."""
+        return max(self.buckets, key=lambda shape: len(self.buckets[shape]))
+
+    @property
+    def latents(self) -> Tensor:
+        """All of them, in memory: (n,C,h,w) bf16. ValueError if there are several shapes."""
+        if len(self.buckets) > 1:
+            raise ValueError(f"latents of several shapes: {', '.join(map(str, self.buckets))}")
+        return torch.cat(list(self.blocks))
+
+    def shuffled(self, indices: range, *, batch_size: int, seed: int) -> Tensor:
+        """Indices of the samples at these positions of the training stream, all of one shape: see `BucketOrder`.
+
+        Args:
+            indices: positions of one batch, or of a part of one.
+            batch_size: positions of a batch.
+            seed: of the order.
+        """
+        return BucketOrder(list(self.buckets.values()), batch_size, seed)(indices)
+
     def batch(self, indices: Tensor) -> tuple[Tensor, list[str]]:
-        """(B,C,h,w) fp32 at these indices, and for each one of its captions, drawn by torch's generator."""
+        """(B,C,h,w) fp32 at these indices, and for each one of its captions, drawn by torch's generator.
+
+        Raises:
+            ValueError: their shapes differ.
+        """
+        latents = [self._latent(i) for i in indices.tolist()]
+        if len(shapes := {tuple(latent.shape) for latent in latents}) > 1:
+            raise ValueError(f"latents of one batch must have one shape, got {', '.join(map(str, shapes))}")
         chosen = torch.rand(len(indices)).tolist()
         captions = [self.captions[i] for i in indices.tolist()]
         drawn = [texts[int(part * len(texts))] for texts, part in zip(captions, chosen, strict=True)]
-        return self.latents[indices].float(), drawn
+        return torch.stack(latents).float(), drawn
+
+    def _latent(self, index: int) -> Tensor:
+        block = bisect.bisect_right(self._starts, index) - 1
+        return self.blocks[block][index - self._starts[block]]
 
 
 def cached_latents(
-    folder: Path, source: str, num_samples: int, autoencoder: AutoencoderDC, *, report: Report
+    folder: Path,
+    source: str,
+    num_samples: int,
+    autoencoder: AutoencoderDC,
+    *,
+    report: Callable[[str], None],
+    size: int | None = None,
+    max_bad: float = MAX_BAD_FRACTION,
 ) -> LatentCache:
-    """Samples 0 to num_samples - 1 of a source, encoded.
+    """The first `num_samples` training samples of a source, or all if it has fewer, encoded.
 
-    The file's name is a hash of the autoencoder's weights and config, the source, the count and a sample of its
-    pictures, so that another autoencoder or changed data never meets stale latents.
+    Args:
+        folder: receives `latents/`, a file for every 512 samples, named by a hash of the samples' pictures and
+            captions, the size, and the autoencoder's weights and config. Files that are there are not made again.
+            Several processes share the work.
+        source: see `data.open_source`.
+        num_samples: at most.
+        autoencoder: its encoder and scaling factor are used, under bf16 autocast.
+        report: receives a line about the samples, and about every one that is skipped.
+        size: native side in pixels: pictures are scaled and cropped to the nearest of its aspect buckets
+            (`resolutions.buckets`). None: they must fit the autoencoder as they are.
+        max_bad: part of the samples, below 1, that may be unreadable, and that may be without captions.
+
+    Raises:
+        ValueError: more are; or a picture does not fit.
     """
-    path = folder / f"latents-{_key(source, num_samples, autoencoder)}.safetensors"
-    if distributed.rank() != 0:
-        distributed.barrier()  # the first process writes, the others read
-        return _read(path)
-    if not path.is_file():
-        _encode(path, source, num_samples, autoencoder)
-    report(f"latents: {path}")
-    distributed.barrier()
-    return _read(path)
+    opened = open_source(source, max_bad=max_bad)
+    positions = opened.training[:num_samples]
+    encoder = _Encoder(opened, autoencoder, size)
+    skipped: dict[str, str] = {}
 
+    def make(part: range) -> Path:
+        chosen = positions[part.start : part.stop]
+        path = folder / "latents" / f"{encoder.key(chosen)}.safetensors"
+        if not path.is_file():
+            skipped.update(encoder.write(path, chosen))
+            refuse_too_many(skipped, len(positions), max_bad)  # here too: not only after hours of encoding
+        return path
 
-def shuffled(indices: range, count: int, seed: int) -> Tensor:
-    """Positions of a stream that runs through all samples in a new order each epoch: (len(indices),)."""
-    stream = torch.tensor(list(indices))
-    epochs = stream // count
-    orders = {
-        epoch: torch.randperm(count, generator=torch.Generator().manual_seed(seed * 7919 + epoch))
-        for epoch in set(epochs.tolist())
-    }
-    return torch.stack(
-        [orders[int(epoch)][position] for epoch, position in zip(epochs, stream % count, strict=True)]
+    parts = [read_part(path) for path in make_parts(len(positions), make, label="latents")]
+    blocks = [tensors[name] for tensors, facts in parts for name in facts["captions"]]
+    captions = [texts for _, facts in parts for part in facts["captions"].values() for texts in part]
+    skipped = {name: reason for _, facts in parts for name, reason in facts["skipped"].items()}
+    uncaptioned = {name: "no caption" for _, facts in parts for name in facts["uncaptioned"]}
+    for name, reason in skipped.items():
+        report(f"skipped {name}: {reason}")
+    refuse_too_many(skipped, len(positions), max_bad)
+    refuse_too_many(uncaptioned, len(positions), max_bad)
+    cache = LatentCache(blocks, captions)
+    report(
+        f"latents: {len(cache)} in {folder / 'latents'}, {len(cache.buckets)} shapes, {len(skipped)} skipped, "
+        f"{len(uncaptioned)} without caption"
     )
+    return cache
 
 
-def _encode(path: Path, source: str, num_samples: int, autoencoder: AutoencoderDC) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sample = open_source(source)
-    parts, captions = [], []
-    for start in tqdm(range(0, num_samples, _ENCODE_BATCH), desc="latents", dynamic_ncols=True):
-        image, texts = pictures(sample, range(start, min(start + _ENCODE_BATCH, num_samples)))
-        with torch.no_grad(), torch.autocast(autoencoder.device.type, torch.bfloat16):
-            latent = autoencoder.encode(image.to(autoencoder.device))
-        parts.append((latent.float() * autoencoder.config.scaling_factor).bfloat16().cpu())
-        captions += texts
-    partial = path.with_suffix(".partial")
-    save_file(
-        {"latents": torch.cat(parts).contiguous()}, partial, metadata={"captions": json.dumps(captions)}
-    )
-    os.replace(partial, path)
+class _Encoder:
+    """Makes parts of the cache."""
+
+    def __init__(self, source: Source, autoencoder: AutoencoderDC, size: int | None) -> None:
+        self.source, self.autoencoder, self.size = source, autoencoder, size
+        self.settings = digest(_FORMAT, size, autoencoder.config, autoencoder.encoder)
+
+    def key(self, positions: Sequence[int]) -> str:
+        return digest(self.settings, self.source.digest(positions))[:32]
+
+    def write(self, path: Path, positions: Sequence[int]) -> dict[str, str]:
+        """Encodes samples and writes them, those of one shape as one tensor; returns who was skipped and why."""
+        waiting: dict[tuple[int, ...], list[np.ndarray]] = {}
+        latents: dict[str, list[Tensor]] = {}
+        captions: dict[str, list[Sequence[str]]] = {}
+        skipped: dict[str, str] = {}
+        uncaptioned: list[str] = []
+        for position in positions:
+            try:
+                pixels, texts = self.source.sample(position)
+            except Unreadable as error:
+                skipped[error.name] = error.reason
+                continue
+            pixels = self._fitted(pixels, position)
+            name = f"{pixels.shape[0]}x{pixels.shape[1]}"
+            captions.setdefault(name, []).append(texts)
+            if not any(texts):
+                uncaptioned.append(self.source.name(position))
+            pending = waiting.setdefault(name, [])
+            pending.append(pixels)
+            if sum(picture[..., 0].size for picture in pending) >= _PIXELS_AT_ONCE:
+                latents.setdefault(name, []).append(self._encode(pending))
+                pending.clear()
+        for name, pending in waiting.items():
+            if pending:
+                latents.setdefault(name, []).append(self._encode(pending))
+        facts = {"captions": captions, "skipped": skipped, "uncaptioned": uncaptioned}
+        write_part(path, {name: torch.cat(parts) for name, parts in latents.items()}, facts)
+        return skipped
+
+    def _fitted(self, pixels: np.ndarray, position: int) -> np.ndarray:
+        height, width = pixels.shape[:2]
+        multiple = self.autoencoder.spatial_compression_ratio
+        if self.size is not None:
+            return fit(pixels, *nearest_bucket(height, width, self.size, multiple))
+        if height % multiple or width % multiple:
+            raise ValueError(
+                f"{self.source.name(position)} has {width}x{height} pixels, which the autoencoder cannot take: "
+                f"set a size, a multiple of {multiple}, to crop to"
+            )
+        return pixels
+
+    def _encode(self, arrays: Sequence[np.ndarray]) -> Tensor:
+        device = self.autoencoder.device
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+            latent = self.autoencoder.encode(to_tensor(arrays).to(device))
+        return (latent.float() * self.autoencoder.config.scaling_factor).bfloat16().cpu()
 
 
-def _read(path: Path) -> LatentCache:
-    with safe_open(path, "pt") as file:
-        return LatentCache(file.get_tensor("latents"), json.loads(file.metadata()["captions"]))
-
-
-def _key(source: str, num_samples: int, autoencoder: AutoencoderDC) -> str:
-    digest = hashlib.sha256(f"{source}|{num_samples}|{autoencoder.config}".encode())
-    for name, tensor in sorted(autoencoder.encoder.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
-    sample = open_source(source)
-    for index in range(0, num_samples, max(1, num_samples // 16)):
-        pixels, captions = sample(index)
-        digest.update(pixels.tobytes())
-        digest.update("|".join(captions).encode())
-    return digest.hexdigest()[:16]
+def _shape(block: Tensor) -> _Shape:
+    _, channels, height, width = block.shape
+    return channels, height, width

@@ -1,0 +1,16 @@
+"""Where training pictures come from: one stream of samples, whatever holds them."""
+
+from sana_sprint.train.data.pictures import channels_last, fit, pictures
+from sana_sprint.train.data.records import Sample, Unreadable
+from sana_sprint.train.data.source import VALIDATION_START, Source, open_source
+
+__all__ = [
+    "VALIDATION_START",
+    "Sample",
+    "Source",
+    "Unreadable",
+    "channels_last",
+    "fit",
+    "open_source",
+    "pictures",
+]
