@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from sana_sprint.models.layers import (
+    SINUSOID_CHANNELS,
     CrossAttention,
     LinearSelfAttention,
-    SINUSOID_CHANNELS,
     ScalarEmbedder,
     sinusoid,
 )
@@ -105,4 +105,4 @@ def densify_time(model: SanaTransformer2DModel, *, old_scale: float = 1000.0) ->
     embedder.linear_2.weight.copy_(solution[:-1].T)
     embedder.linear_2.bias.copy_(solution[-1])
     error = (embedder(times) - target).square().mean().sqrt() / target.square().mean().sqrt()
-    return error.item()
+    return float(error)

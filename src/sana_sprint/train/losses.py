@@ -65,7 +65,7 @@ def scm_loss(F: Tensor, g: Tensor, t: Tensor, logvar: Tensor) -> tuple[Tensor, d
 
 
 def hinge_discriminator(real: Tensor, fake: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """(mean max(0, 1 - real) + mean max(0, 1 + fake)) / 2, the hinge loss of the heads (LADD, eq. 4).
+    """(mean max(0, 1 - real) + mean max(0, 1 + fake)) / 2, the hinge loss of the heads (section 3.3).
 
     Args:
         real: logits of noised pictures with their own captions, of any shape.
