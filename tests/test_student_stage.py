@@ -6,15 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from _models import tiny_transformer
 from _training import autoencoder_run, hybrid_run, student_run, teacher_run
 from pydantic import TypeAdapter
 from torch import nn
 
+from sana_sprint.models.layers import sinusoid
 from sana_sprint.train import loop
 from sana_sprint.train.autoencoder_stage import AutoencoderStage
 from sana_sprint.train.config import RunConfig, StudentRun
 from sana_sprint.train.learner import Learner
 from sana_sprint.train.stage import Part
+from sana_sprint.train.student import with_guidance
 from sana_sprint.train.student_stage import StudentStage
 from sana_sprint.train.teacher_stage import TeacherStage
 from sana_sprint.trigflow import T_MAX
@@ -152,3 +155,17 @@ def test_the_gradient_penalty_is_added_and_reported(make_stage) -> None:
     penalty = losses[2.0][1]["r1"]
     assert penalty > 0
     assert losses[2.0][0] == pytest.approx(losses[0.0][0] + penalty, rel=1e-4)  # weight / 2 = 1; fp32 sums
+
+
+def test_guidance_scales_are_told_apart_from_the_start() -> None:
+    student = with_guidance(tiny_transformer("teacher"))
+    embedder = student.get_submodule("time_embed.guidance_embedder")
+
+    def features(scale: float) -> torch.Tensor:
+        number = torch.tensor([scale * student.config.guidance_embeds_scale])
+        return nn.functional.silu(embedder.linear_1(sinusoid(number)))
+
+    difference = (features(4.0) - features(5.0)).norm() / features(4.5).norm()
+    assert difference > 0.2  # a random first layer of standard deviation 0.02 gives 0.02
+    assert not embedder.linear_2.weight.any()
+    assert not embedder.linear_2.bias.any()

@@ -90,12 +90,8 @@ def densify_time(model: SanaTransformer2DModel, *, old_scale: float = 1000.0) ->
     )
     assert isinstance(embedder, ScalarEmbedder)
     times = torch.linspace(0, 1, _FIT_POINTS, device=model.device)
-    target, width = embedder(times * old_scale).double(), embedder.linear_1.out_features
-    # First layer: thresholds along time, of both directions, on the sinusoid's sin(s), which grows with s.
-    ladder = _STEEPNESS * torch.tensor([1.0, -1.0], device=model.device).repeat(width)[:width]
-    embedder.linear_1.weight.zero_()
-    embedder.linear_1.weight[:, SINUSOID_CHANNELS // 2] = ladder
-    embedder.linear_1.bias.copy_(-ladder * torch.sin(torch.linspace(0, 1, width, device=model.device)))
+    target = embedder(times * old_scale).double()
+    spread_thresholds(embedder, _STEEPNESS)
     # Second layer: what those can say of the old embedding, in the least-squares sense.
     hidden = nn.functional.silu(embedder.linear_1(sinusoid(times))).double()
     features = torch.cat([hidden, torch.ones_like(hidden[:, :1])], dim=1)
@@ -106,3 +102,22 @@ def densify_time(model: SanaTransformer2DModel, *, old_scale: float = 1000.0) ->
     embedder.linear_2.bias.copy_(solution[-1])
     error = (embedder(times) - target).square().mean().sqrt() / target.square().mean().sqrt()
     return float(error)
+
+
+@torch.no_grad()
+def spread_thresholds(embedder: ScalarEmbedder, steepness: float) -> None:
+    """Starts the first layer so that its features tell values in [0,1] apart: half switch on, half off, each elsewhere.
+
+    Random weights would not: the sinusoid's frequencies are at most 1, so over [0,1] it hardly changes.
+
+    Args:
+        embedder: of a number in [0,1]; its second layer is left alone.
+        steepness: of a feature's rise with the number.
+    """
+    layer = embedder.linear_1
+    slopes = steepness * torch.tensor([1.0, -1.0], device=layer.weight.device).repeat(layer.out_features)
+    slopes = slopes[: layer.out_features]
+    thresholds = torch.linspace(0, 1, layer.out_features, device=layer.weight.device)
+    layer.weight.zero_()
+    layer.weight[:, SINUSOID_CHANNELS // 2] = slopes  # of sin(number), which grows with the number
+    layer.bias.copy_(-slopes * torch.sin(thresholds))
