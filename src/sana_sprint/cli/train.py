@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,7 +30,8 @@ def train(
 ) -> None:
     """Train one stage: an autoencoder, a teacher or a student.
 
-    A run that was stopped continues from its last checkpoint when the same command is given again. A data source such
+    Ctrl-C, or SIGTERM, lets the step finish, saves and ends; a second one ends at once. A run that was stopped continues
+    from its last checkpoint when the same command is given again; resume=never and the like ask for less or more. A data source such
     as recipes.emoji.scenes:training_scene is looked for in the current folder. For several processes use
     torchrun --nproc-per-node 2 -m sana_sprint train STAGE.toml
     """
@@ -46,14 +50,42 @@ def train(
     distributed.start()
     report = _reporter(is_main=distributed.rank() == 0)
     try:
-        loop.run(_make_stage(config, report), config, report=report)
+        with _signals() as received:
+            is_finished = loop.run(
+                _make_stage(config, report), config, report=report, should_stop=lambda: bool(received)
+            )
+        if not is_finished:
+            report("the same command continues")
+            # A process that was not signalled itself stops for another that was.
+            raise typer.Exit(128 + (received[0] if received else signal.SIGTERM))
         if distributed.rank() == 0:
             typer.echo(config.output / "final")
-    except KeyboardInterrupt:
-        report("stopped: the same command continues from the last checkpoint")
-        raise
     finally:
         distributed.stop()
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """A list that receives the first SIGINT or SIGTERM; the second one acts as it always does."""
+    received: list[int] = []
+
+    def receive(number: int, _: object) -> None:
+        received.append(number)
+        restore()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # A signal that is ignored stays so: nohup and background jobs of shells rely on it.
+    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
+    try:
+        for number in before:
+            signal.signal(number, receive)
+        yield received
+    finally:
+        restore()
 
 
 def _set_threads() -> None:
@@ -80,7 +112,7 @@ def _make_stage(config: AnyRun, report: Report) -> Stage:
         if isinstance(config, AutoencoderRun):
             from sana_sprint.train.autoencoder_stage import AutoencoderStage
 
-            return AutoencoderStage(config)
+            return AutoencoderStage(config, report=report)
         if isinstance(config, TeacherRun):
             from sana_sprint.train.teacher_stage import TeacherStage
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from sana_sprint.images import grid, to_pil
 from sana_sprint.models.autoencoder import AutoencoderConfig, AutoencoderDC
+from sana_sprint.train import distributed
 from sana_sprint.train.config import AutoencoderRun
 from sana_sprint.train.data import VALIDATION_START, channels_last, open_source, pictures
-from sana_sprint.train.stage import Metrics, Part, autocast
+from sana_sprint.train.stage import Metrics, Part, Report, autocast
 from sana_sprint.weights import save_model
 
 NUM_VALIDATION = 128
@@ -22,12 +23,13 @@ NUM_VALIDATION = 128
 class AutoencoderStage:
     """See `loop.Stage`."""
 
-    def __init__(self, config: AutoencoderRun) -> None:
+    def __init__(self, config: AutoencoderRun, *, report: Report) -> None:
         torch.manual_seed(config.seed)
         self.config = config
-        self.module = channels_last(AutoencoderDC(AutoencoderConfig.from_dict(config.model)))
+        self.device = distributed.device()
+        self.module = channels_last(AutoencoderDC(AutoencoderConfig.from_dict(config.model)).to(self.device))
         self.players = {"autoencoder": self.module}
-        self.source = open_source(config.data.source)
+        self.source = open_source(config.data.source, report=report, max_bad=config.data.max_bad_fraction)
 
     def player(self, step: int) -> str:
         """The autoencoder, always."""
@@ -35,7 +37,7 @@ class AutoencoderStage:
 
     def loss(self, part: Part) -> tuple[Tensor, Metrics]:
         """Reconstruction of the part's pictures from noised latents, plus the latents' size."""
-        image, _ = pictures(self.source, part.indices)
+        image = self._images(part.indices)
         with autocast(self.config):
             latent = self.module.encode(image).float()
             restored = self.module.decode(
@@ -48,7 +50,7 @@ class AutoencoderStage:
 
     def validate(self, folder: Path, step: int) -> Metrics:
         """PSNR (dB, peak-to-peak 2) on unseen pictures; originals above reconstructions as a picture."""
-        image, _ = pictures(self.source, range(VALIDATION_START, VALIDATION_START + NUM_VALIDATION))
+        image = self._images(range(VALIDATION_START, VALIDATION_START + NUM_VALIDATION))
         with autocast(self.config):
             restored = torch.cat(
                 [self.module.decode(self.module.encode(part)) for part in torch.split(image, 16)]
@@ -62,12 +64,15 @@ class AutoencoderStage:
 
     def export(self, folder: Path) -> None:
         """Writes the autoencoder's folder, its scaling factor set so that latents have unit variance."""
-        image, _ = pictures(self.source, range(512))
+        image = self._images(range(512))
         with autocast(self.config):
             latent = torch.cat([self.module.encode(part) for part in torch.split(image, 32)]).float()
         config = replace(self.module.config, scaling_factor=round(1 / float(latent.std()), 5))
         self.module.config = config
         save_model(self.module, folder)
+
+    def _images(self, indices: range) -> Tensor:
+        return pictures(self.source, indices, self.config.data.size)[0].to(self.device)
 
 
 def _psnr(mse: float) -> float:

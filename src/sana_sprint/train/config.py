@@ -6,46 +6,73 @@ values are TOML too.
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+# Fields in which a run may differ from the checkpoint it continues from: its length, its reports, and how the work is
+# laid out on the machine.
+MAY_CHANGE = frozenset(
+    {
+        "output",
+        "resume",
+        "distribution",
+        "gradient_checkpointing",
+        "tensorboard",
+        "schedule.steps",
+        "schedule.accumulation",
+        "schedule.log_every",
+        "schedule.sample_every",
+        "schedule.save_every",
+        "schedule.keep_checkpoints",
+    }
+)
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 
 
 class DataConfig(_Section):
-    """Where samples come from.
-
-    `source` is either a folder of pictures with a caption file `<name>.txt` beside each, or
-    "module:function", a function from a sample's index to a uint8 (H,W,3) array, or to (array, caption).
-    """
+    """Where samples come from: `data.open_source` says what `source` may be."""
 
     source: str
-    # Pictures whose latents are cached once and then trained on (teacher and student).
+    # Native side in pixels, to which pictures are scaled and cropped: to a square for the autoencoder, else to the nearest
+    # aspect bucket. None: they have one size, which fits, already.
+    size: int | None = Field(default=None, ge=1)
+    # Part of the samples that may be unreadable; more are an error.
+    max_bad_fraction: float = Field(default=0.02, ge=0, lt=1)
+
+
+class LatentDataConfig(DataConfig):
+    """Samples whose latents are computed once and then trained on."""
+
+    # At most so many.
     num_samples: int = Field(default=20_000, ge=1)
-    # Captions are dropped with this probability, so that guidance has an unconditional model.
-    caption_dropout: float = Field(default=0.1, ge=0, le=1)
 
 
 class OptimizerConfig(_Section):
-    """AdamW, or Muon for matrices with AdamW for everything else."""
+    """How one module learns. `optim.make_optimizers` says what the names mean."""
 
-    name: Literal["adamw", "muon"] = "adamw"
+    name: Literal["adamw", "adamw8bit", "came", "muon"] = "adamw"
     learning_rate: float = Field(default=1e-3, gt=0)
     # Muon's own rate, in units of an RMS-1 update of each matrix.
     matrix_learning_rate: float = Field(default=0.02, gt=0)
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[Beta, Beta] = (0.9, 0.99)
+    # CAME's third average: of how far updates are from their average.
+    confidence_beta: Beta = 0.9999
+    # Shrinks matrices and kernels at each step by this times the rate; vectors (biases, norms) never.
     weight_decay: float = Field(default=0.0, ge=0)
     clip_norm: float = Field(default=1.0, gt=0)
     warmup_steps: int = Field(default=100, ge=0)
-    # The last part of the run decays the rate linearly to zero: 0.5 = second half, 0 = never.
+    # The last part of the run takes the rate to zero: 0.5 = second half, 0 = never (a constant rate).
+    decay: Literal["linear", "cosine"] = "linear"
     decay_fraction: float = Field(default=0.3, ge=0, le=1)
-    ema_decay: float = Field(default=0.999, ge=0, lt=1)
 
 
 class ScheduleConfig(_Section):
@@ -58,14 +85,24 @@ class ScheduleConfig(_Section):
     log_every: int = Field(default=20, ge=1)
     sample_every: int = Field(default=500, ge=1)
     save_every: int = Field(default=500, ge=1)
+    # The newest so many checkpoints stay.
+    keep_checkpoints: int = Field(default=2, ge=1)
 
 
 class _Run(_Section):
     output: Path
     seed: int = 0
+    # From where to continue: "auto" = the newest checkpoint in `output`, if there is one; "latest" = it must be there;
+    # "never" = none may be there; or the path of a checkpoint.
+    resume: str = "auto"
     # bf16 = autocast over fp32 weights.
     precision: Literal["fp32", "bf16"] = "bf16"
-    data: DataConfig
+    # With several processes: "shard" divides the optimisers' states and the average over them instead of copying both.
+    distribution: Literal["replicate", "shard"] = "replicate"
+    # The warmed-up decay of the weights' moving average, which is what validation sees and what is exported.
+    ema_decay: float = Field(default=0.999, ge=0, lt=1)
+    # Log to TensorBoard as well (pip install "sana-sprint[train]").
+    tensorboard: bool = False
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig
 
@@ -79,6 +116,7 @@ class AutoencoderRun(_Run):
     """Trains a DC-AE from scratch on pictures."""
 
     stage: Literal["autoencoder"]
+    data: DataConfig
     model: dict[str, Any]
     # Standard deviation of noise added to latents before decoding: smooths the latent space for the diffusion model.
     latent_noise: float = Field(default=0.1, ge=0)
@@ -90,6 +128,11 @@ class TeacherRun(_Run):
     """Trains a flow-matching teacher, with its text encoder, on cached latents."""
 
     stage: Literal["teacher"]
+    data: LatentDataConfig
+    # Recompute each block's activations in the backward pass instead of keeping them.
+    gradient_checkpointing: bool = False
+    # Captions are dropped with this probability, so that guidance has an unconditional model.
+    caption_dropout: float = Field(default=0.1, ge=0, le=1)
     autoencoder: Path
     tokenizer_vocab: int = Field(default=1024, ge=300)
     text_encoder: dict[str, Any]
@@ -103,17 +146,57 @@ class TeacherRun(_Run):
     guidance_scale: float = Field(default=4.5, ge=1)
 
 
+class DiscriminatorConfig(_Section):
+    """LADD's discriminator: heads on the frozen teacher's features, and the student's adversarial loss."""
+
+    # The teacher's blocks, from 0, that have a head.
+    blocks: tuple[int, ...]
+    # Factor of the adversarial loss beside the consistency loss.
+    weight: float = Field(default=0.5, gt=0)
+    # Angles at which real and student pictures are noised before they are judged: arctan(e^N(mean, std) / sigma_d).
+    time_mean: float = -0.6
+    time_std: float = Field(default=1.0, gt=0)
+    # Part of the student's pictures that start from pure noise (the paper's max-time weighting).
+    max_time_rate: float = Field(default=0.5, ge=0, le=1)
+    # Whether real pictures with another picture's caption count as fakes too.
+    misaligned_pairs: bool = True
+    # Factor of the gradient penalty on the heads' inputs.
+    r1_weight: float = Field(default=0.0, ge=0)
+    optimizer: OptimizerConfig
+
+
 class StudentRun(_Run):
-    """Distils a teacher run into a continuous-time consistency student (sCM)."""
+    """Distils a teacher run into a student for few steps: consistency loss (sCM), adversarial loss (LADD), or both."""
 
     stage: Literal["student"]
+    data: LatentDataConfig
+    # Recompute each block's activations in the backward pass instead of keeping them.
+    gradient_checkpointing: bool = False
     teacher: Path
+    # Factor of the consistency loss; 0 leaves it out.
+    scm_weight: float = Field(default=1.0, ge=0)
+    discriminator: DiscriminatorConfig | None = None
     # Guidance scales the student learns, drawn uniformly; it is told which.
-    guidance_scales: tuple[float, ...] = (4.0, 4.5, 5.0)
+    guidance_scales: tuple[float, ...] = Field(default=(4.0, 4.5, 5.0), min_length=1)
+    # How the teacher is guided: see `flow.guided`.
+    guidance_projected: bool = False
+    guidance_limit: float = Field(default=math.inf, gt=0)
+    # Steps, of both players, over which the tangent's weight r grows from 0 to 1.
     tangent_warmup_steps: int = Field(default=100, ge=0)
     time_mean: float = 0.2
     time_std: float = Field(default=1.6, gt=0)
     instruction_rate: float = Field(default=0.5, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _has_a_loss(self) -> StudentRun:
+        if not self.scm_weight and self.discriminator is None:
+            raise ValueError("scm_weight is 0 and there is no [discriminator]: nothing to learn from")
+        return self
+
+    @property
+    def optimizers(self) -> tuple[OptimizerConfig, ...]:
+        """The student's and, where there is one, the discriminator's."""
+        return (self.optimizer,) + ((self.discriminator.optimizer,) if self.discriminator else ())
 
 
 RunConfig = Annotated[AutoencoderRun | TeacherRun | StudentRun, Field(discriminator="stage")]

@@ -1,14 +1,18 @@
-"""Several processes, one run: torchrun starts them, each takes its part of every batch.
+"""Several processes, one run: torchrun starts them, each takes its parts of every batch.
 
-Gradients are averaged after the backward pass rather than inside a wrapper module, so that the stages can
-use `torch.func` transforms, which wrappers do not mix with. On a CPU, one single-threaded process per core
-is also faster than one process with many threads when the machine has other work.
+Modules stay whole and unwrapped in every process, so that a stage may call any of their methods, several times in a
+step, and differentiate them with `torch.func`; gradients are averaged after the backward pass. Optimiser states and
+the moving average, which are the larger part of the memory, can be divided among the processes by whole parameters.
+On a CPU, one single-threaded process per core is also faster than one process with many threads when the machine has
+other work.
 """
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
@@ -45,6 +49,21 @@ def world_size() -> int:
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
+def barrier() -> None:
+    """Waits until every process is here."""
+    if distributed.is_initialized():
+        distributed.barrier()
+
+
+def gather(value: Any) -> list[Any]:
+    """Every process's value, in their order; for small things of any kind."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    distributed.all_gather_object(values, value)
+    return values
+
+
 def average_gradients(parameters: Sequence[Tensor]) -> None:
     """Replaces every gradient by its mean over the processes."""
     if world_size() == 1:
@@ -52,11 +71,7 @@ def average_gradients(parameters: Sequence[Tensor]) -> None:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     distributed.all_reduce(flat)
-    flat /= world_size()
-    offset = 0
-    for gradient in gradients:
-        gradient.copy_(flat[offset : offset + gradient.numel()].view_as(gradient))
-        offset += gradient.numel()
+    _unpack(flat / world_size(), gradients)
 
 
 def average(value: float) -> float:
@@ -65,10 +80,62 @@ def average(value: float) -> float:
         return value
     total = torch.tensor(value, dtype=torch.float64, device=device())
     distributed.all_reduce(total)
-    return float(total) / world_size()
+    return total.item() / world_size()
 
 
-def barrier() -> None:
-    """Waits until every process is here."""
-    if distributed.is_initialized():
-        distributed.barrier()
+def owners(parameters: Mapping[str, Tensor]) -> dict[str, int]:
+    """Divides parameters among the processes: the largest first, each to the process that has least so far."""
+    loads = [0] * world_size()
+    chosen = {}
+    for name, parameter in sorted(parameters.items(), key=lambda item: -item[1].numel()):
+        chosen[name] = loads.index(min(loads))
+        loads[chosen[name]] += parameter.numel()
+    return chosen
+
+
+@torch.no_grad()
+def share(parameters: Mapping[str, Tensor], owner: Mapping[str, int]) -> None:
+    """Gives every process its owner's value of each parameter."""
+    for source in range(world_size()):
+        values = [parameter for name, parameter in parameters.items() if owner[name] == source]
+        if values:
+            _unpack(_broadcast(torch.cat([value.flatten() for value in values]), source), values)
+
+
+def collect(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """All processes' nested dicts of tensors and plain values as one: in the first process; the others get nothing.
+
+    One tensor at a time, and on the CPU, so that no device holds more than one that is not its own.
+    """
+    leaves = dict(_leaves(tree))
+    # Tensors without data tell the others what will come.
+    outline = {path: leaf.to("meta") if isinstance(leaf, Tensor) else leaf for path, leaf in leaves.items()}
+    merged: dict[str, Any] = {}
+    for source, foreign in enumerate(gather(outline)):
+        for path, leaf in foreign.items():
+            if isinstance(leaf, Tensor):
+                own = leaves[path] if source == rank() else torch.empty_like(leaf, device=device())
+                leaf = _broadcast(own.to(device()), source).cpu()
+            if rank() == 0:
+                *parents, last = path
+                functools.reduce(lambda level, key: level.setdefault(key, {}), parents, merged)[last] = leaf
+    return merged
+
+
+def _leaves(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, (*path, key))
+        else:
+            yield (*path, key), value
+
+
+def _broadcast(value: Tensor, source: int) -> Tensor:
+    if world_size() > 1:
+        distributed.broadcast(value, source)
+    return value
+
+
+def _unpack(flat: Tensor, targets: Sequence[Tensor]) -> None:
+    for target, piece in zip(targets, flat.split([target.numel() for target in targets]), strict=True):
+        target.copy_(piece.view_as(target))

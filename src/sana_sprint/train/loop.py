@@ -7,70 +7,108 @@ optimisation, the moving average, logging, checkpoints and resuming. Torch is se
 
 from __future__ import annotations
 
-import json
 import time
+from collections.abc import Callable
+from contextlib import closing
 from functools import partial
-from pathlib import Path
-
-from tqdm import tqdm
 
 from sana_sprint.train import distributed
+from sana_sprint.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from sana_sprint.train.config import AnyRun
+from sana_sprint.train.journal import Journal
 from sana_sprint.train.learner import Learner
 from sana_sprint.train.stage import Metrics, Part, Report, Stage, autocast
-from sana_sprint.train.state import load_latest, save_checkpoint
 
 __all__ = ["Metrics", "Part", "Report", "Stage", "autocast", "run"]
 
 
-def run(stage: Stage, config: AnyRun, *, report: Report) -> None:
-    """Trains the stage to its last step, continuing from the newest checkpoint in the output folder.
+def run(
+    stage: Stage, config: AnyRun, *, report: Report, should_stop: Callable[[], bool] = lambda: False
+) -> bool:
+    """Trains the stage to its last step, from where `config.resume` says.
 
     Args:
         stage: what to train.
         config: its run; `config.output` receives checkpoints, `log.jsonl`, sample grids and `final/`.
         report: receives a line about every milestone, in the first process only.
+        should_stop: asked after every step, in every process; one that says yes makes the run save and end.
+
+    Returns:
+        True when the last step was done and the model exported; False when it was told to stop before.
 
     Raises:
+        ValueError: the batch cannot be divided, or the checkpoint to resume is missing or another run's.
         RuntimeError: the loss or gradient was not finite too many steps in a row.
     """
-    schedule, is_main = config.schedule, distributed.rank() == 0
     learner = Learner(stage, config)
-    if is_main:
+    first_step = _resume(learner, config, report)
+    if distributed.rank() == 0:
         config.output.mkdir(parents=True, exist_ok=True)
         (config.output / "config.json").write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    first_step = 0
-    if checkpoint := load_latest(config.output):
-        learner.load_state(checkpoint["learner"])
-        first_step = int(checkpoint["step"])
-        if is_main:
-            report(f"resuming at step {first_step}")
-
-    started = time.monotonic()
-    progress = tqdm(total=schedule.steps, initial=first_step, desc=config.stage, disable=not is_main)
-    for step in range(first_step, schedule.steps):
-        metrics = learner.step(step)
-        progress.update()
-        done = step + 1
-        is_last = done == schedule.steps
-        if not is_main:
-            continue
-        if done % schedule.log_every == 0 or is_last:
-            speed = (done - first_step) * schedule.batch_size / (time.monotonic() - started)
-            _log(config.output, {"step": done, **metrics, "samples_per_s": round(speed, 2)})
-        if done % schedule.save_every == 0 or is_last:
-            save_checkpoint(config.output, done, {"learner": learner.state()})
-        if done % schedule.sample_every == 0 or is_last:
-            measured = learner.averaged(partial(stage.validate, config.output / "samples", done))
-            _log(config.output, {"step": done, **measured})
-            report(f"step {done}: " + ", ".join(f"{name} {value:.4g}" for name, value in measured.items()))
-    progress.close()
-    if is_main:
-        learner.averaged(lambda: stage.export(config.output / "final"))
+    with closing(Journal(config, first_step)) as journal:
+        if not _train(stage, config, learner, journal, first_step, report, should_stop):
+            return False
+    learner.averaged(partial(stage.export, config.output / "final"))
+    if distributed.rank() == 0:
         report(f"finished: {config.output / 'final'}")
     distributed.barrier()
+    return True
 
 
-def _log(folder: Path, entry: Metrics) -> None:
-    with (folder / "log.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
+def _train(
+    stage: Stage,
+    config: AnyRun,
+    learner: Learner,
+    journal: Journal,
+    step: int,
+    report: Report,
+    should_stop: Callable[[], bool],
+) -> bool:
+    """All steps from `step` on, with what is due after each; False if told to stop."""
+    schedule = config.schedule
+
+    def validate() -> None:
+        measured = learner.averaged(partial(stage.validate, config.output / "samples", step))
+        if measured is not None:
+            journal.write(step, measured)
+            report(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in measured.items()))
+
+    if step == 0:
+        validate()
+    while step < schedule.steps:
+        started = time.monotonic()
+        metrics = learner.step(step)
+        journal.add(metrics, time.monotonic() - started)
+        step += 1
+        is_last = step == schedule.steps
+        is_stopping = distributed.average(should_stop()) > 0 and not is_last
+        if is_last or step % schedule.log_every == 0:
+            journal.write_averages(step, {"skipped_steps": learner.skipped_steps})
+        if is_last or is_stopping or step % schedule.save_every == 0:
+            _save(learner, config, step)
+        if is_stopping:
+            if distributed.rank() == 0:
+                report(f"stopped at step {step}, and saved")
+            return False
+        if is_last or step % schedule.sample_every == 0:
+            validate()
+    return True
+
+
+def _resume(learner: Learner, config: AnyRun, report: Report) -> int:
+    """Takes up the checkpoint that the config asks for; returns the number of steps done."""
+    path = find_checkpoint(config)
+    if path is None:
+        return 0
+    checkpoint = load_checkpoint(path, config)
+    learner.load_state(checkpoint["learner"])
+    step = int(checkpoint["step"])
+    if distributed.rank() == 0:
+        report(f"resuming at step {step}")
+    return step
+
+
+def _save(learner: Learner, config: AnyRun, step: int) -> None:
+    state = learner.state()
+    if distributed.rank() == 0:
+        save_checkpoint(config, step, state)

@@ -2,47 +2,55 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
+from sana_sprint.train.came import CAME
 from sana_sprint.train.config import OptimizerConfig
 
+Named = Sequence[tuple[str, Tensor]]
 
-def make_optimizers(module: nn.Module, config: OptimizerConfig) -> list[Optimizer]:
-    """AdamW over everything, or Muon over hidden matrices and AdamW over the rest.
 
-    Embeddings, the first and last layers, vectors and convolutions stay with AdamW: Muon's orthogonalised
-    update is meant for matrices that map hidden features to hidden features.
+def make_optimizers(named: Named, config: OptimizerConfig) -> list[Optimizer]:
+    """The optimisers of named parameters, none of them without parameters.
+
+    - adamw: AdamW.
+    - adamw8bit: AdamW with its two averages in 8 bits, from bitsandbytes.
+    - came: CAME, which keeps one average and the row and column means of two more.
+    - muon: Muon for hidden matrices, AdamW for the rest. Embeddings, the first and last layers, vectors and convolutions
+      stay with AdamW: Muon's orthogonalised update is meant for matrices that map hidden features to hidden features.
+
+    Weights of fewer than two dimensions do not decay.
+
+    Raises:
+        ValueError: the optimiser needs a package that is not installed.
     """
-    adam: dict[str, Any] = {
-        "lr": config.learning_rate,
-        "betas": config.betas,
-        "weight_decay": config.weight_decay,
-    }
-    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    if config.name == "adamw":
-        return [AdamW([p for _, p in named], **adam)]
-    matrices = [p for name, p in named if p.ndim == 2 and min(p.shape) > 32 and "embed" not in name]
-    chosen = {id(p) for p in matrices}
+    if config.name != "muon":
+        return _elementwise(named, config)
+    hidden = [p for name, p in named if p.ndim == 2 and min(p.shape) > 32 and "embed" not in name]
+    chosen = {id(p) for p in hidden}
+    rest = _elementwise([(name, p) for name, p in named if id(p) not in chosen], config)
+    if not hidden:
+        return rest
     muon = Muon(
-        matrices,
+        hidden,
         lr=config.matrix_learning_rate,
         weight_decay=config.weight_decay,
         adjust_lr_fn="match_rms_adamw",
     )
-    return [muon, AdamW([p for _, p in named if id(p) not in chosen], **adam)]
+    return [muon, *rest]
 
 
 def rate(step: int, num_steps: int, config: OptimizerConfig) -> float:
-    """Multiplier of the learning rate at a step: linear warm-up, constant, linear decay to zero."""
+    """Multiplier of the learning rate at a step: linear warm-up, constant, then decay to zero."""
     warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
     decay_steps = config.decay_fraction * num_steps
-    decay = min(1.0, (num_steps - step) / decay_steps) if decay_steps > 0 else 1.0
-    return warmup * decay
+    left = min(1.0, (num_steps - step) / decay_steps) if decay_steps > 0 else 1.0
+    return warmup * (left if config.decay == "linear" else 0.5 - 0.5 * math.cos(math.pi * left))
 
 
 def set_rate(optimizers: Sequence[Optimizer], base_rates: Sequence[float], multiplier: float) -> None:
@@ -52,6 +60,35 @@ def set_rate(optimizers: Sequence[Optimizer], base_rates: Sequence[float], multi
             group["lr"] = base * multiplier
 
 
-def clip(parameters: Sequence[torch.Tensor], norm: float) -> float:
+def clip(parameters: Sequence[Tensor], norm: float) -> float:
     """Scales gradients to at most the given total norm; returns the norm before."""
     return float(nn.utils.clip_grad_norm_(list(parameters), norm))
+
+
+def _elementwise(named: Named, config: OptimizerConfig) -> list[Optimizer]:
+    """AdamW, its 8-bit form or CAME, with and without weight decay; nothing where there is no parameter."""
+    matrices, vectors = [p for _, p in named if p.ndim > 1], [p for _, p in named if p.ndim <= 1]
+    groups: list[dict[str, Any]] = [
+        {"params": parameters, "weight_decay": decay}
+        for parameters, decay in ((matrices, config.weight_decay), (vectors, 0.0))
+        if parameters
+    ]
+    if not groups:
+        return []
+    if config.name == "came":
+        return [CAME(groups, lr=config.learning_rate, betas=(*config.betas, config.confidence_beta))]
+    if config.name == "adamw8bit":
+        return [_adamw8bit(groups, config)]
+    # foreach: a few kernels for all tensors instead of several for each.
+    return [AdamW(groups, lr=config.learning_rate, betas=config.betas, foreach=True)]
+
+
+def _adamw8bit(groups: list[dict[str, Any]], config: OptimizerConfig) -> Optimizer:
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ValueError(
+            'optimizer "adamw8bit" needs bitsandbytes: pip install "sana-sprint[train]"'
+        ) from error
+    optimizer: Optimizer = AdamW8bit(groups, lr=config.learning_rate, betas=config.betas)
+    return optimizer

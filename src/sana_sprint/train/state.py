@@ -1,71 +1,73 @@
-"""What a run must remember to continue exactly: weights, optimiser, moving average and step.
-
-There is no generator state: every step seeds itself from (seed, step), see `loop.py`.
-"""
+"""What a module's training must remember beside its weights, by the parameters' names."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.optim import Optimizer
 
 
 class EMA:
-    """Exponential moving average of a module's parameters, in fp32.
+    """Exponential moving average of named parameters, in fp32.
 
     The decay warms up as (1 + step) / (10 + step), so that early averages forget the initial weights.
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], decay: float) -> None:
         self.decay = decay
-        self.weights = {name: p.detach().clone().float() for name, p in module.named_parameters()}
+        self.parameters = parameters
+        self.weights = {name: p.detach().clone().float() for name, p in parameters.items()}
 
     @torch.no_grad()
-    def update(self, module: nn.Module, step: int) -> None:
-        """Moves the average towards the module's weights after optimiser step `step` (from 0)."""
+    def update(self, step: int) -> None:
+        """Moves the average towards the parameters after optimiser step `step` (from 0)."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.weights.values()), [p.detach() for p in module.parameters()], weight)
+        if self.weights:
+            live = [p.detach().float() for p in self.parameters.values()]
+            torch._foreach_lerp_(list(self.weights.values()), live, weight)
 
     @torch.no_grad()
-    def copy_to(self, module: nn.Module) -> None:
-        """Overwrites the module's parameters with the average."""
-        for name, parameter in module.named_parameters():
-            parameter.copy_(self.weights[name])
-
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Takes up the weights of an average that was saved."""
         for name, weight in self.weights.items():
             weight.copy_(weights[name])
 
     @torch.no_grad()
-    def swap(self, module: nn.Module) -> None:
-        """Exchanges the module's parameters and the average; twice is the identity."""
-        for name, parameter in module.named_parameters():
+    def swap(self) -> None:
+        """Exchanges the parameters and the average; twice is the identity."""
+        for name, parameter in self.parameters.items():
             live = parameter.detach().clone()
             parameter.copy_(self.weights[name])
             self.weights[name].copy_(live)
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
-    """Writes `checkpoint-<step>.pt` atomically and deletes older ones; returns its path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"checkpoint-{step:08d}.pt"
-    partial = path.with_suffix(".partial")
-    torch.save({"step": step, **state}, partial)
-    os.replace(partial, path)
-    for old in sorted(folder.glob("checkpoint-*.pt"))[:-1]:
-        old.unlink()
-    return path
+def optimizer_states(optimizers: Sequence[Optimizer], parameters: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Every parameter's optimiser state by the parameter's name, whichever of the optimisers has it."""
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    return {
+        names[id(parameter)]: state
+        for optimizer in optimizers
+        for parameter, state in _states(optimizer)
+        if state
+    }
 
 
-def load_latest(folder: Path) -> dict[str, Any] | None:
-    """The newest checkpoint's content, or None where the folder has none."""
-    found = sorted(folder.glob("checkpoint-*.pt"))
-    if not found:
-        return None
-    content: dict[str, Any] = torch.load(found[-1], map_location="cpu", weights_only=True)
-    return content
+def load_optimizer_states(
+    optimizers: Sequence[Optimizer], parameters: Mapping[str, Tensor], states: Mapping[str, Any]
+) -> None:
+    """Takes up what `optimizer_states` returned, as far as it concerns these parameters."""
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    for optimizer in optimizers:
+        found = [states.get(names[id(parameter)], {}) for parameter, _ in _states(optimizer)]
+        saved = {number: state for number, state in enumerate(found) if state}
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": saved})
+
+
+def _states(optimizer: Optimizer) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """An optimiser's parameters, in the order of their numbers in its state dict, with their states."""
+    states = optimizer.state_dict()["state"]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return ((parameter, states.get(number, {})) for number, parameter in enumerate(parameters))

@@ -5,6 +5,7 @@ Algorithm 2 of SANA-Sprint (arXiv 2503.09641). The student learns on even steps,
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,12 +19,13 @@ from sana_sprint.models.autoencoder import AutoencoderDC
 from sana_sprint.models.text_encoder import PromptEmbeddings, PromptEncoder, load_text_encoder, load_tokenizer
 from sana_sprint.models.transformer import CaptionContext, SanaTransformer2DModel
 from sana_sprint.sampling import SCMScheduler, sample, schedule
+from sana_sprint.train import distributed
 from sana_sprint.train.adversary import Adversary
 from sana_sprint.train.conditioning import embed, unconditional
 from sana_sprint.train.config import StudentRun
 from sana_sprint.train.data import VALIDATION_START, channels_last, open_source
 from sana_sprint.train.flow import guided
-from sana_sprint.train.latents import cached_latents, shuffled
+from sana_sprint.train.latents import cached_latents
 from sana_sprint.train.losses import consistency_target, scaled_tangent, scm_loss
 from sana_sprint.train.stage import Metrics, Part, Report, autocast
 from sana_sprint.train.student import Student, with_guidance
@@ -56,23 +58,33 @@ class StudentStage:
     def __init__(self, config: StudentRun, *, report: Report) -> None:
         torch.manual_seed(config.seed)
         self.config = config
-        self.teacher = load_model(SanaTransformer2DModel, config.teacher / "transformer").requires_grad_(
-            False
-        )
-        text_encoder = load_text_encoder(config.teacher / "text_encoder").requires_grad_(False)
+        self.device = distributed.device()
+        self.teacher = load_model(SanaTransformer2DModel, config.teacher / "transformer").to(self.device)
+        self.teacher.requires_grad_(False)
+        text_encoder = load_text_encoder(config.teacher / "text_encoder", device=self.device)
+        text_encoder.requires_grad_(False)
         self.encoder = PromptEncoder(load_tokenizer(config.teacher / "tokenizer"), text_encoder)
-        self.autoencoder = channels_last(load_model(AutoencoderDC, config.teacher / "vae"))
+        self.autoencoder = channels_last(load_model(AutoencoderDC, config.teacher / "vae").to(self.device))
         self.cache = cached_latents(
-            config.output.parent, config.data.source, config.data.num_samples, self.autoencoder, report=report
+            config.output.parent,
+            config.data.source,
+            config.data.num_samples,
+            self.autoencoder,
+            report=report,
+            size=config.data.size,
+            max_bad=config.data.max_bad_fraction,
         )
-        self.transformer = with_guidance(self.teacher)
+        self.transformer = with_guidance(self.teacher).to(self.device)
+        self.transformer.gradient_checkpointing = config.gradient_checkpointing
         # Forward-mode differentiation has no rule for fused attention.
         self.transformer.set_fused_attention(False)
-        self.student = Student(self.transformer, self.cache.latents[0].numel())
+        self.student = Student(self.transformer, math.prod(self.cache.shape)).to(self.device)
         self.adversary = config.discriminator and Adversary(
             config.discriminator, self.teacher, self._draw_times
         )
-        source = open_source(config.data.source)
+        if self.adversary:
+            self.adversary.discriminator.to(self.device)
+        source = open_source(config.data.source, max_bad=config.data.max_bad_fraction)
         self.validation_captions = [
             source(VALIDATION_START + i)[1][0] for i in range(NUM_VALIDATION_CAPTIONS)
         ]
@@ -98,16 +110,18 @@ class StudentStage:
 
     def validate(self, folder: Path, step: int) -> Metrics:
         """Pictures of fixed prompts from fixed noise: a row each at 1, 2 and 4 steps."""
-        shape = (len(self.validation_captions), *self.cache.latents.shape[1:])
+        shape = (len(self.validation_captions), *self.cache.shape)
         with autocast(self.config):
             embeddings = embed(self.encoder, self.validation_captions, instruction=True)
-            denoiser = self.denoiser(embeddings, torch.full((shape[0],), VALIDATION_GUIDANCE))
+            denoiser = self.denoiser(
+                embeddings, torch.full((shape[0],), VALIDATION_GUIDANCE, device=self.device)
+            )
             rows = []
             for num_steps in (1, 2, 4):
                 generator = torch.Generator().manual_seed(0)
 
                 def draw(generator: torch.Generator = generator) -> Tensor:
-                    return torch.randn(shape, generator=generator)
+                    return torch.randn(shape, generator=generator).to(self.device)
 
                 latent = sample(denoiser, draw(), schedule(num_steps), draw_noise=draw)
                 rows.append(self.autoencoder.decode(latent / self.autoencoder.config.scaling_factor).float())
@@ -127,7 +141,7 @@ class StudentStage:
 
     def _student_loss(self, student: Denoiser, batch: _Batch, step: int) -> tuple[Tensor, Metrics]:
         """Weighted sum of the losses; one of them may be absent."""
-        loss, metrics = torch.zeros(()), Metrics()
+        loss, metrics = torch.zeros((), device=self.device), Metrics()
         if self.config.scm_weight:
             warmup = min(1.0, step / max(1, self.config.tangent_warmup_steps))
             scm, metrics = self._scm_loss(student, batch, warmup)
@@ -151,13 +165,19 @@ class StudentStage:
         return scm_loss(F, g, t, logvar)
 
     def _draw_times(self, count: int) -> Tensor:
-        return lognormal_times(count, mean=self.config.time_mean, std=self.config.time_std)
+        return lognormal_times(
+            count, mean=self.config.time_mean, std=self.config.time_std, device=self.device
+        )
 
     @torch.no_grad()
     def _batch(self, part: Part) -> _Batch:
-        u0, captions = self.cache.batch(shuffled(part.indices, len(self.cache), self.config.seed))
+        order = self.cache.shuffled(
+            part.indices, batch_size=self.config.schedule.batch_size, seed=self.config.seed
+        )
+        u0, captions = self.cache.batch(order)
+        u0 = u0.to(self.device)
         scales = torch.tensor(self.config.guidance_scales)
-        guidance = scales[torch.randint(len(scales), (len(u0),))]
+        guidance = scales[torch.randint(len(scales), (len(u0),))].to(self.device)
         instruction = float(torch.rand(())) < self.config.instruction_rate
         embeddings = embed(self.encoder, captions, instruction=instruction)
         captioned = self.teacher.encode_caption(embeddings.embeds, embeddings.mask)

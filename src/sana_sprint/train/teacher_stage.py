@@ -18,7 +18,8 @@ from sana_sprint.train.conditioning import drop_captions, embed, unconditional
 from sana_sprint.train.config import TeacherRun
 from sana_sprint.train.data import VALIDATION_START, channels_last, open_source
 from sana_sprint.train.flow import flow_loss, guided, logit_normal_times, sample_flow
-from sana_sprint.train.latents import cached_latents, shuffled
+from sana_sprint.train.latents import cached_latents
+from sana_sprint.train.metrics import loss_by_level
 from sana_sprint.train.stage import Metrics, Part, Report, autocast
 from sana_sprint.train.text import make_text_encoder, save_text, train_tokenizer
 from sana_sprint.trigflow import Velocity
@@ -36,19 +37,27 @@ class TeacherStage:
     def __init__(self, config: TeacherRun, *, report: Report) -> None:
         torch.manual_seed(config.seed)
         self.config = config
-        self.autoencoder = channels_last(load_model(AutoencoderDC, config.autoencoder))
+        self.device = distributed.device()
+        self.autoencoder = channels_last(load_model(AutoencoderDC, config.autoencoder).to(self.device))
         self.cache = cached_latents(
-            config.output.parent, config.data.source, config.data.num_samples, self.autoencoder, report=report
+            config.output.parent,
+            config.data.source,
+            config.data.num_samples,
+            self.autoencoder,
+            report=report,
+            size=config.data.size,
+            max_bad=config.data.max_bad_fraction,
         )
         tokenizer = self._tokenizer()
-        text_encoder = make_text_encoder(len(tokenizer), config.text_encoder)
+        text_encoder = make_text_encoder(len(tokenizer), config.text_encoder).to(self.device)
         self.encoder = PromptEncoder(tokenizer, text_encoder)
-        self.transformer = SanaTransformer2DModel(TransformerConfig.from_dict(config.model))
+        self.transformer = SanaTransformer2DModel(TransformerConfig.from_dict(config.model)).to(self.device)
+        self.transformer.gradient_checkpointing = config.gradient_checkpointing
         self.players = {
             "teacher": nn.ModuleDict({"transformer": self.transformer, "text_encoder": text_encoder})
         }
         _initialise(self.transformer)
-        source = open_source(config.data.source)
+        source = open_source(config.data.source, max_bad=config.data.max_bad_fraction)
         self.validation_captions = [source(VALIDATION_START + i)[1][0] for i in range(16)]
 
     def player(self, step: int) -> str:
@@ -57,23 +66,27 @@ class TeacherStage:
 
     def loss(self, part: Part) -> tuple[Tensor, Metrics]:
         """Flow-matching loss on a part of the shuffled cache."""
-        u0, captions = self.cache.batch(shuffled(part.indices, len(self.cache), self.config.seed))
+        order = self.cache.shuffled(
+            part.indices, batch_size=self.config.schedule.batch_size, seed=self.config.seed
+        )
+        u0, captions = self.cache.batch(order)
+        u0 = u0.to(self.device)
+        flow_t = logit_normal_times(len(u0), mean=self.config.time_mean, std=self.config.time_std)
+        instruction = float(torch.rand(())) < self.config.instruction_rate
         with autocast(self.config):
-            instruction = float(torch.rand(())) < self.config.instruction_rate
             embeddings = embed(self.encoder, captions, instruction=instruction)
-            dropped = torch.rand(len(u0)) < self.config.data.caption_dropout
+            dropped = torch.rand(len(u0), device=self.device) < self.config.caption_dropout
             context = self.transformer.encode_caption(
                 embeddings.embeds, drop_captions(embeddings.mask, dropped)
             )
-            flow_t = logit_normal_times(len(u0), mean=self.config.time_mean, std=self.config.time_std)
-            losses = flow_loss(self._velocity(context), u0, torch.randn_like(u0), flow_t)
-        low, high = losses.detach()[flow_t < 0.5], losses.detach()[flow_t >= 0.5]
-        return losses.mean(), {"loss_data_half": low.mean().item(), "loss_noise_half": high.mean().item()}
+            losses = flow_loss(self._velocity(context), u0, torch.randn_like(u0), flow_t.to(self.device))
+        return losses.mean(), loss_by_level(losses, flow_t)
 
     def validate(self, folder: Path, step: int) -> Metrics:
         """Guided 20-step pictures of fixed prompts from fixed noise."""
         generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(len(self.validation_captions), *self.cache.latents.shape[1:], generator=generator)
+        noise = torch.randn(len(self.validation_captions), *self.cache.shape, generator=generator)
+        noise = noise.to(self.device)
         with autocast(self.config):
             embeddings = embed(self.encoder, self.validation_captions, instruction=True)
             velocity = guided(

@@ -1,0 +1,83 @@
+"""What a run's TOML file may say: recipes are valid, mistakes are named, and no field is without effect."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from _training import FIELDS_READ, Toy, chain, parse, reads, silent, student_run, toy_run, train
+
+from sana_sprint.train import config, loop
+from sana_sprint.train.config import load_config
+
+RECIPES = Path(__file__).parents[1] / "recipes/emoji"
+
+
+def test_recipes_are_valid_and_overrides_apply() -> None:
+    recipes = sorted(RECIPES.glob("*.toml"))
+    assert len(recipes) >= 3
+    for recipe in recipes:
+        load_config(recipe)
+    run = load_config(recipes[0], ["schedule.steps=7", "output=elsewhere"])
+    assert run.schedule.steps == 7
+    assert run.output == Path("elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("schedule.stepz=3", "stepz"),
+        ("schedule.steps=0", "greater than or equal to 1"),
+        ("nonsense", "KEY=VALUE"),
+        ("seed.x=1", "is a value, not a section"),
+        ("data.num_samples=3", "num_samples"),  # of the stages that cache latents, which this is not
+        ("optimizer.betas=[0.9, 1.0]", "less than 1"),
+        ("distribution=fsdp", "'replicate' or 'shard'"),
+    ],
+)
+def test_bad_overrides_are_named(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_config(RECIPES / "autoencoder.toml", ["seed=0", override])
+
+
+def sections(model: type[config._Section]) -> dict[str, type[config._Section]]:
+    """A run's own section and all below it, by name."""
+    found = {model.__name__: model}
+    for field in model.model_fields.values():
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, config._Section):
+                found |= sections(kind)
+    return found
+
+
+def test_every_field_has_an_effect(tmp_path: Path) -> None:
+    """Reads are noted while all stages train: a field that none of a stage's code reads cannot matter to it."""
+    folder = chain()  # its reads count
+    student: dict[str, Any] = student_run(tmp_path / "alone", folder / "teacher" / "final", steps=1)
+    train(student)
+    for optimizer in (
+        "muon",
+        "came",
+    ):  # the optimisers' own fields; what reads them is the same for every stage
+        run = parse(toy_run(tmp_path / optimizer, **{"optimizer.name": optimizer}))
+        with reads("any"):
+            loop.run(Toy(run), run, report=silent)
+    for model in get_args(config.AnyRun):
+        stage = get_args(model.model_fields["stage"].annotation)[0]
+        fields = {
+            (name, field) for name, section in sections(model).items() for field in section.model_fields
+        }
+        seen = {(section, field) for where, section, field in FIELDS_READ if where in (stage, "any")}
+        assert not sorted(fields - seen), f"fields of {stage} that nothing reads"
+
+
+def test_fields_that_may_change_are_fields() -> None:
+    names = set()
+    for model in get_args(config.AnyRun):
+        for name, field in model.model_fields.items():
+            names.add(name)
+            inner = field.annotation
+            if isinstance(inner, type) and issubclass(inner, config._Section):
+                names |= {f"{name}.{each}" for each in inner.model_fields}
+    assert names >= config.MAY_CHANGE
