@@ -5,7 +5,9 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from sana_sprint.train.data.order import BucketOrder, shuffled
 from sana_sprint.train.data.pictures import fit, to_tensor
 from sana_sprint.train.data.records import Unreadable
 from sana_sprint.train.data.source import MAX_BAD_FRACTION, Source, open_source, refuse_too_many
-from sana_sprint.train.parts import digest, make_parts, read_part, write_part
+from sana_sprint.train.parts import PART_SIZE, digest, make_parts, read_part, write_part
 
 __all__ = ["LatentCache", "cached_latents", "shuffled"]
 
@@ -113,34 +115,54 @@ def cached_latents(
     Raises:
         ValueError: more are; or a picture does not fit.
     """
-    opened = open_source(source, max_bad=max_bad)
+    opened = open_source(source)
     positions = opened.training[:num_samples]
     encoder = _Encoder(opened, autoencoder, size)
-    skipped: dict[str, str] = {}
 
     def make(part: range) -> Path:
         chosen = positions[part.start : part.stop]
         path = folder / "latents" / f"{encoder.key(chosen)}.safetensors"
         if not path.is_file():
-            skipped.update(encoder.write(path, chosen))
-            refuse_too_many(skipped, len(positions), max_bad)  # here too: not only after hours of encoding
+            encoder.write(path, chosen)
+            # Here too, not only after hours of encoding.
+            refuse_too_many(encoder.skipped, len(positions), max_bad)
         return path
 
     parts = [read_part(path) for path in make_parts(len(positions), make, label="latents")]
-    blocks = [tensors[name] for tensors, facts in parts for name in facts["captions"]]
-    captions = [texts for _, facts in parts for part in facts["captions"].values() for texts in part]
-    skipped = {name: reason for _, facts in parts for name, reason in facts["skipped"].items()}
-    uncaptioned = {name: "no caption" for _, facts in parts for name in facts["uncaptioned"]}
+    facts = [facts for _, facts in parts]
+    skipped, uncaptioned = _problems(facts, [opened.name(position) for position in positions])
     for name, reason in skipped.items():
         report(f"skipped {name}: {reason}")
-    refuse_too_many(skipped, len(positions), max_bad)
-    refuse_too_many(uncaptioned, len(positions), max_bad)
-    cache = LatentCache(blocks, captions)
+    for problems in (skipped, uncaptioned):
+        refuse_too_many(problems, len(positions), max_bad)
+    blocks = [tensors[name] for tensors, facts in parts for name in facts["captions"]]
+    cache = LatentCache(
+        blocks, [texts for part in facts for block in part["captions"].values() for texts in block]
+    )
     report(
-        f"latents: {len(cache)} in {folder / 'latents'}, {len(cache.buckets)} shapes, {len(skipped)} skipped, "
-        f"{len(uncaptioned)} without caption"
+        f"latents: {len(cache)} of {len(opened.training)} in {folder / 'latents'}, in {len(cache.buckets)} shapes; "
+        f"{len(skipped)} unreadable, {len(uncaptioned)} without caption"
     )
     return cache
+
+
+def _problems(parts: Sequence[dict[str, Any]], names: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """(unreadable samples, samples without caption), by name."""
+    skipped: dict[str, str] = {}
+    uncaptioned: dict[str, str] = {}
+    for start, facts in zip(range(0, len(names), PART_SIZE), parts, strict=True):
+        skipped |= {names[start + i]: reason for i, reason in facts["skipped"]}
+        uncaptioned |= {names[start + i]: "no caption" for i in facts["uncaptioned"]}
+    return skipped, uncaptioned
+
+
+@dataclass
+class _Bucket:
+    """Samples of one shape: all captions, the latents so far, and the pictures that wait for a batch to fill."""
+
+    captions: list[Sequence[str]] = field(default_factory=list)
+    latents: list[Tensor] = field(default_factory=list)
+    pending: list[np.ndarray] = field(default_factory=list)
 
 
 class _Encoder:
@@ -148,40 +170,48 @@ class _Encoder:
 
     def __init__(self, source: Source, autoencoder: AutoencoderDC, size: int | None) -> None:
         self.source, self.autoencoder, self.size = source, autoencoder, size
+        self.skipped: dict[str, str] = {}  # name -> reason, of all parts written here
         self.settings = digest(_FORMAT, size, autoencoder.config, autoencoder.encoder)
 
     def key(self, positions: Sequence[int]) -> str:
         return digest(self.settings, self.source.digest(positions))[:32]
 
-    def write(self, path: Path, positions: Sequence[int]) -> dict[str, str]:
-        """Encodes samples and writes them, those of one shape as one tensor; returns who was skipped and why."""
-        waiting: dict[tuple[int, ...], list[np.ndarray]] = {}
-        latents: dict[str, list[Tensor]] = {}
-        captions: dict[str, list[Sequence[str]]] = {}
-        skipped: dict[str, str] = {}
-        uncaptioned: list[str] = []
-        for position in positions:
+    def write(self, path: Path, positions: Sequence[int]) -> None:
+        """Encodes samples and writes them, those of one shape as one tensor."""
+        buckets: dict[str, _Bucket] = {}
+        skipped: list[tuple[int, str]] = []
+        uncaptioned: list[int] = []
+        for i, position in enumerate(positions):
             try:
                 pixels, texts = self.source.sample(position)
             except Unreadable as error:
-                skipped[error.name] = error.reason
+                skipped.append((i, error.reason))
+                self.skipped[error.name] = error.reason
                 continue
             pixels = self._fitted(pixels, position)
-            name = f"{pixels.shape[0]}x{pixels.shape[1]}"
-            captions.setdefault(name, []).append(texts)
+            bucket = buckets.setdefault(f"{pixels.shape[0]}x{pixels.shape[1]}", _Bucket())
+            bucket.pending.append(pixels)
+            bucket.captions.append(texts)
             if not any(texts):
-                uncaptioned.append(self.source.name(position))
-            pending = waiting.setdefault(name, [])
-            pending.append(pixels)
-            if sum(picture[..., 0].size for picture in pending) >= _PIXELS_AT_ONCE:
-                latents.setdefault(name, []).append(self._encode(pending))
-                pending.clear()
-        for name, pending in waiting.items():
-            if pending:
-                latents.setdefault(name, []).append(self._encode(pending))
-        facts = {"captions": captions, "skipped": skipped, "uncaptioned": uncaptioned}
-        write_part(path, {name: torch.cat(parts) for name, parts in latents.items()}, facts)
-        return skipped
+                uncaptioned.append(i)
+            if len(bucket.pending) * pixels[..., 0].size >= _PIXELS_AT_ONCE:
+                self._flush(bucket)
+        for bucket in buckets.values():
+            self._flush(bucket)
+        write_part(
+            path,
+            {name: torch.cat(bucket.latents) for name, bucket in buckets.items()},
+            {
+                "captions": {name: bucket.captions for name, bucket in buckets.items()},
+                "skipped": skipped,
+                "uncaptioned": uncaptioned,
+            },
+        )
+
+    def _flush(self, bucket: _Bucket) -> None:
+        if bucket.pending:
+            bucket.latents.append(self._encode(bucket.pending))
+            bucket.pending.clear()
 
     def _fitted(self, pixels: np.ndarray, position: int) -> np.ndarray:
         height, width = pixels.shape[:2]

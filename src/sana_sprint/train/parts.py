@@ -47,7 +47,8 @@ def write_part(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) ->
     """Writes a part, whole or not at all, also if the machine loses its power."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".partial-{os.getpid()}")  # two runs may make the same part
-    save_file(tensors, partial, metadata={"facts": json.dumps(facts)})
+    packed = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(packed, partial, metadata={"facts": json.dumps(facts)})
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(partial, path)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from sana_sprint.images import to_rgb
@@ -26,9 +26,7 @@ def decode(record: Record) -> np.ndarray:
             return np.asarray(to_rgb(picture))
     # Decoders meet damage with whatever exception lies nearest: OSError, SyntaxError, struct.error, IndexError...
     except Exception as error:
-        reason = (
-            "no picture that can be decoded" if isinstance(error, Image.UnidentifiedImageError) else error
-        )
+        reason = "no picture that can be decoded" if isinstance(error, UnidentifiedImageError) else error
         raise Unreadable(record.name, str(reason)) from error
 
 
