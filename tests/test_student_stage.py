@@ -36,7 +36,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher of a few steps."""
     folder = tmp_path_factory.mktemp("hybrid")
     run = parse(autoencoder_run(folder / "autoencoder", steps=1))
-    loop.run(AutoencoderStage(run), run, report=silent)
+    loop.run(AutoencoderStage(run, report=silent), run, report=silent)
     run = parse(teacher_run(folder / "teacher", folder / "autoencoder" / "final", steps=2))
     loop.run(TeacherStage(run, report=silent), run, report=silent)
     return folder / "teacher" / "final"

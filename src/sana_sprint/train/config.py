@@ -181,6 +181,8 @@ class StudentRun(_Run):
     # How the teacher is guided: see `flow.guided`.
     guidance_projected: bool = False
     guidance_limit: float = Field(default=math.inf, gt=0)
+    # How dF/dt is computed: see `tangent.make_tangent`.
+    tangent: Literal["dual", "jvp", "difference"] = "dual"
     # Steps, of both players, over which the tangent's weight r grows from 0 to 1.
     tangent_warmup_steps: int = Field(default=100, ge=0)
     time_mean: float = 0.2

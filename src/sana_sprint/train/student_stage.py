@@ -26,9 +26,11 @@ from sana_sprint.train.config import StudentRun
 from sana_sprint.train.data import VALIDATION_START, channels_last, open_source
 from sana_sprint.train.flow import guided
 from sana_sprint.train.latents import cached_latents
-from sana_sprint.train.losses import consistency_target, scaled_tangent, scm_loss
+from sana_sprint.train.losses import consistency_target, scm_loss
+from sana_sprint.train.metrics import loss_by_level
 from sana_sprint.train.stage import Metrics, Part, Report, autocast
 from sana_sprint.train.student import Student, with_guidance
+from sana_sprint.train.tangent import make_tangent
 from sana_sprint.trigflow import (
     Denoiser,
     add_noise,
@@ -36,7 +38,7 @@ from sana_sprint.trigflow import (
     lognormal_times,
     trig_to_flow,
 )
-from sana_sprint.weights import ModelIndex, load_model, save_model, write_model_index
+from sana_sprint.weights import ModelIndex, load_model, resolve_folder, save_model, write_model_index
 
 VALIDATION_GUIDANCE = 4.5  # the pipeline's default
 NUM_VALIDATION_CAPTIONS = 8
@@ -44,12 +46,12 @@ NUM_VALIDATION_CAPTIONS = 8
 
 @dataclass(frozen=True)
 class _Batch:
-    """Clean latents (B,C,H,W), the teacher's context of their captions, their embeddings, and guidance scales (B,)."""
+    """Clean latents (B,C,H,W), the embeddings of their captions, and guidance scales (B,)."""
 
     u0: Tensor
     embeddings: PromptEmbeddings
-    captioned: CaptionContext
     guidance: Tensor
+    captioned: CaptionContext  # the teacher's
 
 
 class StudentStage:
@@ -59,12 +61,13 @@ class StudentStage:
         torch.manual_seed(config.seed)
         self.config = config
         self.device = distributed.device()
-        self.teacher = load_model(SanaTransformer2DModel, config.teacher / "transformer").to(self.device)
+        self.folder = resolve_folder(str(config.teacher))
+        self.teacher = load_model(SanaTransformer2DModel, self.folder / "transformer").to(self.device)
         self.teacher.requires_grad_(False)
-        text_encoder = load_text_encoder(config.teacher / "text_encoder", device=self.device)
+        text_encoder = load_text_encoder(self.folder / "text_encoder", device=self.device)
         text_encoder.requires_grad_(False)
-        self.encoder = PromptEncoder(load_tokenizer(config.teacher / "tokenizer"), text_encoder)
-        self.autoencoder = channels_last(load_model(AutoencoderDC, config.teacher / "vae").to(self.device))
+        self.encoder = PromptEncoder(load_tokenizer(self.folder / "tokenizer"), text_encoder)
+        self.autoencoder = channels_last(load_model(AutoencoderDC, self.folder / "vae").to(self.device))
         self.cache = cached_latents(
             config.output.parent,
             config.data.source,
@@ -76,8 +79,10 @@ class StudentStage:
         )
         self.transformer = with_guidance(self.teacher).to(self.device)
         self.transformer.gradient_checkpointing = config.gradient_checkpointing
-        # Forward-mode differentiation has no rule for fused attention.
-        self.transformer.set_fused_attention(False)
+        for model in (self.teacher, self.transformer):
+            # On a CPU the fused kernel's backward pass is slower than the plain one (docs/log.md).
+            model.set_fused_attention(self.device.type != "cpu")
+        self.tangent = make_tangent(config.tangent)
         self.student = Student(self.transformer, math.prod(self.cache.shape)).to(self.device)
         self.adversary = config.discriminator and Adversary(
             config.discriminator, self.teacher, self._draw_times
@@ -103,10 +108,16 @@ class StudentStage:
         """The step's player's loss on its own batch."""
         with autocast(self.config):
             batch = self._batch(part)
-            student = self.denoiser(batch.embeddings, batch.guidance)
             if self.adversary and self.player(part.step) == "discriminator":
+                with torch.no_grad():
+                    student = self.denoiser(batch.embeddings, batch.guidance)
                 return self.adversary.discriminator_loss(student, batch.u0, batch.captioned)
-            return self._student_loss(student, batch, part.step)
+            return self._student_loss(batch, part.step)
+
+    def denoiser(self, embeddings: PromptEmbeddings, guidance: Tensor) -> Denoiser:
+        """The student, told the captions and the guidance scales (B,)."""
+        context = self.transformer.encode_caption(embeddings.embeds, embeddings.mask)
+        return self._denoiser(context, guidance)
 
     def validate(self, folder: Path, step: int) -> Metrics:
         """Pictures of fixed prompts from fixed noise: a row each at 1, 2 and 4 steps."""
@@ -135,16 +146,18 @@ class StudentStage:
         save_model(self.transformer.to(torch.bfloat16), folder / "transformer")
         self.transformer.float()
         for part in ("text_encoder", "tokenizer", "vae"):
-            shutil.copytree(self.config.teacher / part, folder / part, dirs_exist_ok=True)
+            shutil.copytree(self.folder / part, folder / part, dirs_exist_ok=True)
         SCMScheduler().save_pretrained(folder / "scheduler")
         write_model_index(folder, sprint_index(type(self.encoder.tokenizer).__name__))
 
-    def _student_loss(self, student: Denoiser, batch: _Batch, step: int) -> tuple[Tensor, Metrics]:
+    def _student_loss(self, batch: _Batch, step: int) -> tuple[Tensor, Metrics]:
         """Weighted sum of the losses; one of them may be absent."""
+        context = self.transformer.encode_caption(batch.embeddings.embeds, batch.embeddings.mask)
+        student = self._denoiser(context, batch.guidance)
         loss, metrics = torch.zeros((), device=self.device), Metrics()
         if self.config.scm_weight:
             warmup = min(1.0, step / max(1, self.config.tangent_warmup_steps))
-            scm, metrics = self._scm_loss(student, batch, warmup)
+            scm, metrics = self._scm_loss(student, context, batch, warmup)
             loss = loss + self.config.scm_weight * scm
         if self.adversary:
             adversarial = self.adversary.student_loss(student, batch.u0, batch.captioned)
@@ -152,17 +165,21 @@ class StudentStage:
             metrics["adversarial_loss"] = adversarial.item()
         return loss, metrics
 
-    def _scm_loss(self, student: Denoiser, batch: _Batch, warmup: float) -> tuple[Tensor, Metrics]:
+    def _scm_loss(
+        self, student: Denoiser, context: CaptionContext, batch: _Batch, warmup: float
+    ) -> tuple[Tensor, Metrics]:
         t = self._draw_times(len(batch.u0))
         u = add_noise(batch.u0, torch.randn_like(batch.u0), t)
         with torch.no_grad():
             teacher_F = self._teacher(batch)(u, t).float()
-            tangent = scaled_tangent(student, u, t, teacher_F)
+            tangent = self.tangent(self.transformer, context, u, t, teacher_F, batch.guidance)
         F = student(u, t).float()
         _, embedding = self.transformer.embed_time(trig_to_flow(t), batch.guidance)
         logvar = self.student.logvar(embedding).float().squeeze(1)
         g = consistency_target(F.detach(), teacher_F, tangent, u, t, tangent_weight=warmup)
-        return scm_loss(F, g, t, logvar)
+        loss, metrics = scm_loss(F, g, t, logvar)
+        metrics["tangent_norm"] = tangent.flatten(1).norm(dim=1).mean().item()
+        return loss, {**metrics, **loss_by_level(g.square().flatten(1).mean(1), trig_to_flow(t))}
 
     def _draw_times(self, count: int) -> Tensor:
         return lognormal_times(
@@ -181,7 +198,7 @@ class StudentStage:
         instruction = float(torch.rand(())) < self.config.instruction_rate
         embeddings = embed(self.encoder, captions, instruction=instruction)
         captioned = self.teacher.encode_caption(embeddings.embeds, embeddings.mask)
-        return _Batch(u0, embeddings, captioned, guidance)
+        return _Batch(u0, embeddings, guidance, captioned)
 
     def _teacher(self, batch: _Batch) -> Denoiser:
         """The guided teacher. Guidance is affine in the velocity, so it is the same before and after the transform."""
@@ -195,9 +212,7 @@ class StudentStage:
         )
         return flow_denoiser(velocity)
 
-    def denoiser(self, embeddings: PromptEmbeddings, guidance: Tensor) -> Denoiser:
-        """The student, told the captions and the guidance scales (B,)."""
-        context = self.transformer.encode_caption(embeddings.embeds, embeddings.mask)
+    def _denoiser(self, context: CaptionContext, guidance: Tensor) -> Denoiser:
         return flow_denoiser(lambda x, s: self.transformer(x, s, context, guidance))
 
 
