@@ -23,10 +23,12 @@ from sana_sprint.models.autoencoder import AutoencoderDC
 from sana_sprint.models.text_encoder import PromptEncoder, load_text_encoder, load_tokenizer
 from sana_sprint.models.transformer import SanaTransformer2DModel
 from sana_sprint.train.conditioning import embed, unconditional
+from sana_sprint.train.config import StudentRun, load_config
 from sana_sprint.train.flow import guided, sample_flow
 from sana_sprint.weights import load_model
 
 BATCH = 50
+RECIPE = Path(__file__).with_name("student.toml")
 
 
 def main() -> None:
@@ -85,7 +87,9 @@ def student_pictures(
 
 @torch.no_grad()
 def teacher_pictures(folder: Path, scenes: list[Scene], guidance: float, steps: int) -> list[Image.Image]:
-    """The same from the guided teacher, fp32 weights under bf16 autocast as in training."""
+    """The same from the teacher, guided as in the student's training; fp32 weights under bf16 autocast."""
+    recipe = load_config(RECIPE)
+    assert isinstance(recipe, StudentRun)
     transformer = load_model(SanaTransformer2DModel, folder / "transformer")
     autoencoder = load_model(AutoencoderDC, folder / "vae").to(memory_format=torch.channels_last)
     encoder = PromptEncoder(load_tokenizer(folder / "tokenizer"), load_text_encoder(folder / "text_encoder"))
@@ -110,7 +114,14 @@ def teacher_pictures(folder: Path, scenes: list[Scene], guidance: float, steps: 
             def without(x: Tensor, s: Tensor, context: object = empty) -> Tensor:
                 return transformer(x, s, context)
 
-            latent = sample_flow(guided(conditional, without, guidance), noise, num_steps=steps)
+            velocity = guided(
+                conditional,
+                without,
+                guidance,
+                projected=recipe.guidance_projected,
+                limit=recipe.guidance_limit,
+            )
+            latent = sample_flow(velocity, noise, num_steps=steps)
             pictures += to_pil(autoencoder.decode(latent / autoencoder.config.scaling_factor).float())
     return pictures
 
