@@ -44,7 +44,6 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "PART_SIZE", 4)
-    monkeypatch.setattr(latents, "PART_SIZE", 4)
 
 
 def cached(folder: Path, autoencoder: AutoencoderDC, **settings: Any) -> tuple[LatentCache, list[str]]:
@@ -108,8 +107,6 @@ def test_batches_of_training_have_one_shape_and_see_every_picture(
     assert seen == set(range(len(SHAPES)))
     with pytest.raises(ValueError, match="one shape"):
         cache.batch(torch.arange(len(cache)))
-    with pytest.raises(ValueError, match="several shapes"):
-        _ = cache.latents
 
 
 @pytest.mark.usefixtures("small_parts")
@@ -210,9 +207,10 @@ def test_a_function_that_draws_fitting_pictures_needs_no_size(
     source = "tests._training:colored_square"
     cache, _ = cached(tmp_path / "x", autoencoder, source=source, size=None, num_samples=6)
     assert cache.captions == [[f"a {name} square"] for name in ["red", "green", "blue"] * 2]
-    assert cache.latents.shape == (6, 4, 4, 4)
+    (block,) = cache.blocks
+    assert block.shape == (6, 4, 4, 4)
     again, _ = cached(tmp_path / "x", autoencoder, source=source, size=None, num_samples=6)
-    assert torch.equal(cache.latents, again.latents)
+    assert torch.equal(block, again.blocks[0])
     assert len(files(tmp_path / "x")) == 1
 
 
@@ -255,7 +253,7 @@ from pathlib import Path
 from torch import distributed
 from sana_sprint.train import latents, parts
 from tests._autoencoders import tiny_autoencoder
-parts.PART_SIZE = latents.PART_SIZE = 4
+parts.PART_SIZE = 4
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
 distributed.init_process_group("gloo", init_method=f"file://{folder.parent}/meeting", rank=rank, world_size=2)
 write = parts.write_part

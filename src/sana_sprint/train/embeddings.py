@@ -93,7 +93,7 @@ def cached_embeddings(
         return path
 
     rows: list[tuple[Tensor, int]] = []
-    for path in make_parts(len(texts), make, label="embeddings"):
+    for path in make_parts(len(texts), make, label="embeddings").values():
         tensors, _ = read_part(path)
         lengths = tensors["num_tokens"].tolist()
         rows += zip(torch.split(tensors["embeds"], lengths), tensors["lost_tokens"].tolist(), strict=True)

@@ -7,7 +7,6 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,13 +14,11 @@ from torch import Tensor
 
 from sana_sprint.models.autoencoder import AutoencoderDC
 from sana_sprint.resolutions import nearest_bucket
-from sana_sprint.train.data.order import BucketOrder, shuffled
+from sana_sprint.train.data.order import BucketOrder
 from sana_sprint.train.data.pictures import fit, to_tensor
 from sana_sprint.train.data.records import Unreadable
-from sana_sprint.train.data.source import MAX_BAD_FRACTION, Source, open_source, refuse_too_many
-from sana_sprint.train.parts import PART_SIZE, digest, make_parts, read_part, write_part
-
-__all__ = ["LatentCache", "cached_latents", "shuffled"]
+from sana_sprint.train.data.source import MAX_BAD_FRACTION, RecordSource, Source, open_source, refuse_too_many
+from sana_sprint.train.parts import Part, digest, make_parts, read_part, write_part
 
 _FORMAT = "latents 2: bf16, of a bf16 autocast"  # part of every key; changes with what the files hold
 _PIXELS_AT_ONCE = 2**20  # through the autoencoder: one 1024 px picture
@@ -39,10 +36,13 @@ class LatentCache:
         self.blocks = blocks
         self.captions = captions
         self._starts = [0, *itertools.accumulate(map(len, blocks))]
-        self.buckets: dict[_Shape, Tensor] = {}  # shape (C,h,w) -> indices of its latents
-        for start, block in zip(self._starts, blocks, strict=False):
-            shape, indices = _shape(block), torch.arange(start, start + len(block))
-            self.buckets[shape] = torch.cat([self.buckets.get(shape, indices[:0]), indices])
+        indices = torch.split(torch.arange(len(captions)), [len(block) for block in blocks])
+        shapes = [_shape(block) for block in blocks]
+        # Shape (C,h,w) -> indices of its latents.
+        self.buckets = {
+            shape: torch.cat([own for own, other in zip(indices, shapes, strict=True) if other == shape])
+            for shape in dict.fromkeys(shapes)
+        }
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -51,13 +51,6 @@ class LatentCache:
     def shape(self) -> _Shape:
         """(C,h,w) of most latents."""
         return max(self.buckets, key=lambda shape: len(self.buckets[shape]))
-
-    @property
-    def latents(self) -> Tensor:
-        """All of them, in memory: (n,C,h,w) bf16. ValueError if there are several shapes."""
-        if len(self.buckets) > 1:
-            raise ValueError(f"latents of several shapes: {', '.join(map(str, self.buckets))}")
-        return torch.cat(list(self.blocks))
 
     def shuffled(self, indices: range, *, batch_size: int, seed: int) -> Tensor:
         """Indices of the samples at these positions of the training stream, all of one shape: see `BucketOrder`.
@@ -128,31 +121,31 @@ def cached_latents(
             refuse_too_many(encoder.skipped, len(positions), max_bad)
         return path
 
-    parts = [read_part(path) for path in make_parts(len(positions), make, label="latents")]
-    facts = [facts for _, facts in parts]
-    skipped, uncaptioned = _problems(facts, [opened.name(position) for position in positions])
+    made = make_parts(len(positions), make, label="latents")
+    parts = {part: read_part(path) for part, path in made.items()}
+    skipped, uncaptioned = _problems(parts, lambda i: opened.name(positions[i]))
     for name, reason in skipped.items():
         report(f"skipped {name}: {reason}")
     for problems in (skipped, uncaptioned):
         refuse_too_many(problems, len(positions), max_bad)
-    blocks = [tensors[name] for tensors, facts in parts for name in facts["captions"]]
     cache = LatentCache(
-        blocks, [texts for part in facts for block in part["captions"].values() for texts in block]
+        [tensors[name] for tensors, facts in parts.values() for name in facts["captions"]],
+        [texts for _, facts in parts.values() for block in facts["captions"].values() for texts in block],
     )
+    whole = f" of {len(opened.training)}" if isinstance(opened, RecordSource) else ""
     report(
-        f"latents: {len(cache)} of {len(opened.training)} in {folder / 'latents'}, in {len(cache.buckets)} shapes; "
+        f"latents: {len(cache)}{whole} in {folder / 'latents'}, in {len(cache.buckets)} shapes; "
         f"{len(skipped)} unreadable, {len(uncaptioned)} without caption"
     )
     return cache
 
 
-def _problems(parts: Sequence[dict[str, Any]], names: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """(unreadable samples, samples without caption), by name."""
-    skipped: dict[str, str] = {}
-    uncaptioned: dict[str, str] = {}
-    for start, facts in zip(range(0, len(names), PART_SIZE), parts, strict=True):
-        skipped |= {names[start + i]: reason for i, reason in facts["skipped"]}
-        uncaptioned |= {names[start + i]: "no caption" for i in facts["uncaptioned"]}
+def _problems(parts: dict[range, Part], name: Callable[[int], str]) -> tuple[dict[str, str], dict[str, str]]:
+    """(unreadable samples, samples without caption), by name; `name` is that of a sample's number."""
+    skipped = {name(part[i]): reason for part, (_, facts) in parts.items() for i, reason in facts["skipped"]}
+    uncaptioned = {
+        name(part[i]): "no caption" for part, (_, facts) in parts.items() for i in facts["uncaptioned"]
+    }
     return skipped, uncaptioned
 
 

@@ -21,11 +21,12 @@ from tqdm import tqdm
 
 from sana_sprint.train import distributed
 
+Part = tuple[dict[str, Tensor], dict[str, Any]]  # what a file holds: tensors and facts
 PART_SIZE = 512  # samples: 32 MB of 1024 px latents
 
 
-def make_parts(count: int, make: Callable[[range], Path], *, label: str) -> list[Path]:
-    """Has every part of samples 0 to count - 1 made, each by one of the processes, and returns all in order.
+def make_parts(count: int, make: Callable[[range], Path], *, label: str) -> dict[range, Path]:
+    """Has every part of samples 0 to count - 1 made, each by one of the processes; returns all, in order.
 
     Args:
         count: samples.
@@ -35,12 +36,12 @@ def make_parts(count: int, make: Callable[[range], Path], *, label: str) -> list
     parts = [range(start, min(start + PART_SIZE, count)) for start in range(0, count, PART_SIZE)]
     rank, size = distributed.rank(), distributed.world_size()
     own = tqdm(parts[rank::size], desc=label, unit="part", dynamic_ncols=True, disable=rank != 0)
-    made = {part.start: make(part) for part in own}
+    made = {part: make(part) for part in own}
     if size > 1:
-        gathered: list[dict[int, Path]] = [{} for _ in range(size)]
+        gathered: list[dict[range, Path]] = [{} for _ in range(size)]
         torch.distributed.all_gather_object(gathered, made)
-        made = {start: path for each in gathered for start, path in each.items()}
-    return [made[part.start] for part in parts]
+        made = {part: path for each in gathered for part, path in each.items()}
+    return {part: made[part] for part in parts}
 
 
 def write_part(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
@@ -54,7 +55,7 @@ def write_part(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) ->
     os.replace(partial, path)
 
 
-def read_part(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_part(path: Path) -> Part:
     """Tensors that are read from the file when they are looked at, and the facts."""
     with safe_open(path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["facts"])  # noqa: SIM118
