@@ -115,34 +115,56 @@ def test_every_stage_is_found(kind):
     assert_refused(call("train", "other.toml"), 1, "absent_folder")
 
 
-def test_interrupting_tells_how_to_go_on():
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_tells_how_to_go_on(number):
     code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell may have it ignored
     code += "from sana_sprint.cli import app; app()"
-    command = [
-        sys.executable,
-        "-c",
-        code,
-        "train",
-        "stage.toml",
-        "schedule.steps=1000000",
-        "schedule.save_every=1",
-    ]
+    # Nothing but the signal makes it save.
+    overrides = ["schedule.steps=1000000", "schedule.save_every=1000000", "schedule.log_every=1"]
     process = subprocess.Popen(
-        command, env=subprocess_settings(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, "train", "stage.toml", *overrides],
+        env=subprocess_settings(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         deadline = time.monotonic() + 240  # a busy machine takes long to import torch
-        while not list(Path("run").glob("checkpoint-*.pt")):
+        while not Path("run/log.jsonl").is_file() or len(logged()) < 3:
             assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline, "no checkpoint was written"
+            assert time.monotonic() < deadline, "no step was logged"
             time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         stdout, stderr = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert (process.returncode, stdout) == (130, "")
+    assert (process.returncode, stdout) == (128 + number, "")
     assert "Traceback" not in stderr
-    assert "stopped: the same command continues from the last checkpoint" in stderr
+    (saved,) = Path("run").glob("checkpoint-*.pt")
+    step = int(saved.stem.removeprefix("checkpoint-"))
+    assert f"stopped at step {step}, and saved" in stderr
+    assert "the same command continues" in stderr
+    assert logged()[-1]["step"] == step
+
+
+def test_the_second_signal_acts_as_it_always_does():
+    def before(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    kept = signal.signal(signal.SIGINT, before), signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with train._signals() as received:
+            assert (
+                signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+            )  # ignored before, as under nohup: so it stays
+            signal.raise_signal(signal.SIGINT)
+            assert received == [signal.SIGINT]
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is before
+    finally:
+        signal.signal(signal.SIGINT, kept[0])
+        signal.signal(signal.SIGTERM, kept[1])
 
 
 @pytest.mark.parametrize(

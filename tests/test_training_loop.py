@@ -12,7 +12,7 @@ import torch
 from _training import Toy, assert_same, in_processes, parse, saved, silent, toy_run, train_toy
 from torch import Tensor
 
-from sana_sprint.train import learner, loop
+from sana_sprint.train import distributed, learner, loop
 from sana_sprint.train.learner import own_parts
 from sana_sprint.train.stage import Metrics, Part
 
@@ -55,6 +55,13 @@ def test_two_processes_are_two_parts_of_one(tmp_path: Path) -> None:
         more = {"optimizer.name": "muon", "schedule.accumulation": 2}
         train_toy(toy_run(tmp_path / name, steps=6, **more))
     assert_same(tmp_path / "alone", tmp_path / "sharded")
+
+
+def test_buckets_hold_every_tensor_once_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "_BUCKET", 10)
+    tensors = [torch.zeros(size) for size in (3, 8, 25, 1, 2)]
+    buckets = list(distributed._buckets(tensors))
+    assert [[t.numel() for t in bucket] for bucket in buckets] == [[3, 8], [25], [1, 2]]
 
 
 def test_parts_divide_every_batch_whatever_the_accumulation(tmp_path: Path) -> None:

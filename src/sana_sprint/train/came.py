@@ -50,7 +50,7 @@ def _update(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], group
     scale = _inverse_root(gradient.square() + _EPS_SQUARE, "square", state, beta2)
     update = gradient * scale
     update /= (update.square().mean().sqrt() / _MAX_RMS).clamp(min=1.0)
-    average = state.setdefault("average", torch.zeros_like(update)).lerp_(update, 1 - beta1)
+    average = _running(state, "average", update, beta1)
     if update.ndim > 1:
         # Where updates keep away from their average, there is little confidence in it, and the step is smaller.
         residual = (update - average).square() + _EPS_RESIDUAL
@@ -60,13 +60,17 @@ def _update(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], group
 
 def _inverse_root(values: Tensor, name: str, state: dict[str, Tensor], beta: float) -> Tensor:
     """1/sqrt of the running mean of `values`, which for a matrix is the outer product of its rows' and columns' means."""
-
-    def running(key: str, new: Tensor) -> Tensor:
-        return state.setdefault(f"{name}_{key}", torch.zeros_like(new)).lerp_(new, 1 - beta)
-
     if values.ndim < 2:
-        return running("mean", values).rsqrt()
-    rows, columns = running("rows", values.mean(-1)), running("columns", values.mean(-2))
+        return _running(state, f"{name}_mean", values, beta).rsqrt()
+    rows = _running(state, f"{name}_rows", values.mean(-1), beta)
+    columns = _running(state, f"{name}_columns", values.mean(-2), beta)
     # Two roots rather than one of the product, which could underflow.
     row_factor = (rows / rows.mean(-1, keepdim=True)).rsqrt()
     return row_factor[..., :, None] * columns.rsqrt()[..., None, :]
+
+
+def _running(state: dict[str, Tensor], name: str, new: Tensor, beta: float) -> Tensor:
+    """beta times the average of that name, zero at first, plus (1 - beta) times `new`."""
+    if name not in state:
+        state[name] = torch.zeros_like(new)
+    return state[name].lerp_(new, 1 - beta)

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+_BUCKET = 2**24  # elements
+
 
 def start() -> None:
     """Joins the process group that torchrun announced; alone, does nothing."""
@@ -68,10 +70,10 @@ def average_gradients(parameters: Sequence[Tensor]) -> None:
     """Replaces every gradient by its mean over the processes."""
     if world_size() == 1:
         return
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    distributed.all_reduce(flat)
-    _unpack(flat / world_size(), gradients)
+    for bucket in _buckets([parameter.grad for parameter in parameters if parameter.grad is not None]):
+        flat = torch.cat([gradient.flatten() for gradient in bucket])
+        distributed.all_reduce(flat)
+        _unpack(flat.div_(world_size()), bucket)
 
 
 def average(value: float) -> float:
@@ -98,8 +100,8 @@ def share(parameters: Mapping[str, Tensor], owner: Mapping[str, int]) -> None:
     """Gives every process its owner's value of each parameter."""
     for source in range(world_size()):
         values = [parameter for name, parameter in parameters.items() if owner[name] == source]
-        if values:
-            _unpack(_broadcast(torch.cat([value.flatten() for value in values]), source), values)
+        for bucket in _buckets(values):
+            _unpack(_broadcast(torch.cat([value.flatten() for value in bucket]), source), bucket)
 
 
 def collect(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,6 +138,18 @@ def _broadcast(value: Tensor, source: int) -> Tensor:
     return value
 
 
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors in groups of about `_BUCKET` elements: few messages, and little memory for their copies."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        bucket.append(tensor)
+        if sum(each.numel() for each in bucket) >= _BUCKET:
+            yield bucket
+            bucket = []
+    if bucket:
+        yield bucket
+
+
 def _unpack(flat: Tensor, targets: Sequence[Tensor]) -> None:
-    for target, piece in zip(targets, flat.split([target.numel() for target in targets]), strict=True):
+    for target, piece in zip(targets, torch.split(flat, [target.numel() for target in targets]), strict=True):
         target.copy_(piece.view_as(target))

@@ -49,14 +49,13 @@ class TeacherStage:
             max_bad=config.data.max_bad_fraction,
         )
         tokenizer = self._tokenizer()
-        text_encoder = make_text_encoder(len(tokenizer), config.text_encoder).to(self.device)
+        text_encoder = make_text_encoder(len(tokenizer), config.text_encoder)
         self.encoder = PromptEncoder(tokenizer, text_encoder)
-        self.transformer = SanaTransformer2DModel(TransformerConfig.from_dict(config.model)).to(self.device)
+        self.transformer = SanaTransformer2DModel(TransformerConfig.from_dict(config.model))
         self.transformer.gradient_checkpointing = config.gradient_checkpointing
-        self.players = {
-            "teacher": nn.ModuleDict({"transformer": self.transformer, "text_encoder": text_encoder})
-        }
         _initialise(self.transformer)
+        both = nn.ModuleDict({"transformer": self.transformer, "text_encoder": text_encoder})
+        self.players = {"teacher": both.to(self.device)}
         source = open_source(config.data.source, max_bad=config.data.max_bad_fraction)
         self.validation_captions = [source(VALIDATION_START + i)[1][0] for i in range(16)]
 
