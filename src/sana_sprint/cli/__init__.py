@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 from sana_sprint import __version__
 from sana_sprint.cli.common import report_errors
 
-COMMANDS = ("generate", "demo", "info", "train", "data")  # module and function of the same name
+COMMANDS = ("generate", "demo", "info", "train", "data", "export")  # module and function of the same name
 CONTEXT = {"help_option_names": ["-h", "--help"]}
 
 

@@ -8,14 +8,14 @@ The layout is the one the published models and diffusers use, in both directions
     diffusion_pytorch_model[.V]-00001-of-0000N.safetensors        shards, listed in
     diffusion_pytorch_model.safetensors.index[.V].json            (two older spellings are read too)
 
-Pickles (`.bin`, `.pth`) are never opened.
+A model can also be one file, with its config in the file's metadata (`save_single_file`). Pickles (`.bin`, `.pth`) are never opened.
 """
 
 from sana_sprint.weights.files import WeightsError, available_variants
 from sana_sprint.weights.hub import resolve_folder
 from sana_sprint.weights.index import ModelIndex, read_model_index, write_model_index
-from sana_sprint.weights.reading import ModelClass, load_model
-from sana_sprint.weights.writing import save_model
+from sana_sprint.weights.reading import ModelClass, load_model, load_single_file
+from sana_sprint.weights.writing import save_model, save_single_file
 
 __all__ = [
     "ModelClass",
@@ -23,8 +23,10 @@ __all__ = [
     "WeightsError",
     "available_variants",
     "load_model",
+    "load_single_file",
     "read_model_index",
     "resolve_folder",
     "save_model",
+    "save_single_file",
     "write_model_index",
 ]

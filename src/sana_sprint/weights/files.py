@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 CONFIG_NAME = "config.json"
+CONFIG_KEY = "config"  # in the metadata of a model in a single file
 STEM = "diffusion_pytorch_model"
 STEMS = (STEM, "model")  # the second is transformers', for the text encoder's folder
 PICKLES = {".bin", ".ckpt", ".pt", ".pth"}

@@ -1,5 +1,6 @@
 """A model from its folder: whole and checked, or one clear error."""
 
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sana_sprint.weights.files import (
+    CONFIG_KEY,
     CONFIG_NAME,
     PICKLES,
     WeightsError,
@@ -68,12 +70,44 @@ def load_model(
     """
     folder = Path(folder)
     check_variant(variant)
+    config = folder / CONFIG_NAME
+    fields = read_json(config)
+    listing, files = _weight_files(folder, variant)
+    return _assembled(cls, fields, config, listing, files, dtype=dtype, device=device)
+
+
+def load_single_file(
+    cls: ModelClass[ModelT_co],
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> ModelT_co:
+    """The model in one file of `save_single_file`, which holds its config too; otherwise as `load_model`."""
+    path = Path(path)
+    with _open(path) as reader:
+        metadata = reader.metadata() or {}
+    if CONFIG_KEY not in metadata:
+        raise WeightsError(f"{path} holds no config: it was not written by save_single_file")
+    fields = json.loads(metadata[CONFIG_KEY])
+    return _assembled(cls, fields, path, path, [path], dtype=dtype, device=device)
+
+
+def _assembled(
+    cls: ModelClass[ModelT_co],
+    fields: dict[str, Any],
+    config_path: Path,
+    listing: Path,
+    files: list[Path],
+    *,
+    dtype: torch.dtype | None,
+    device: str | torch.device,
+) -> ModelT_co:
+    """The model that the config's fields describe, with the files' tensors; `config_path` and `listing` are for messages."""
     if dtype is not None and not dtype.is_floating_point:
         raise WeightsError(f"weights can only be loaded in a floating-point dtype, got: {dtype}")
     device = _usable_device(device)
-    config_path = folder / CONFIG_NAME
-    config = _read_config(cls, config_path)
-    listing, files = _weight_files(folder, variant)
+    config = _checked_config(cls, fields, config_path)
     try:
         with _WeightsOnMeta():
             model = cls(config)
@@ -169,8 +203,7 @@ def _usable_device(device: str | torch.device) -> torch.device:
     return device
 
 
-def _read_config(cls: ModelClass[nn.Module], path: Path) -> _Config:
-    fields = read_json(path)
+def _checked_config(cls: ModelClass[nn.Module], fields: dict[str, Any], path: Path) -> _Config:
     name = fields.get("_class_name", cls.published_class_name)
     if name != cls.published_class_name:
         raise WeightsError(f"{path} describes a {name!r}, expected: {cls.published_class_name!r}")

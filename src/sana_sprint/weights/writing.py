@@ -1,5 +1,6 @@
 """A model to its folder: shards, variants, and no moment in which a reader could see half of it."""
 
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sana_sprint.weights.files import (
+    CONFIG_KEY,
     CONFIG_NAME,
     WeightsError,
     check_variant,
@@ -41,6 +43,50 @@ def save_model(
     class name or with tensors on the meta device, and for a bad variant, dtype or shard size.
     """
     check_variant(variant)
+    fields, state = _content(model, dtype)
+    # Without data, but of the sizes that will be written, which `dtype` may halve.
+    shapes = {key: _cast(tensor, dtype, "meta") for key, tensor in state.items()}
+    files, index = _split(shapes, variant, max_shard_size)
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as name:
+        scratch = Path(name)
+        write_json(scratch / CONFIG_NAME, fields)
+        for file, keys in files.items():
+            tensors = {key: _cast(state[key], dtype, "cpu").contiguous() for key in keys}
+            save_file(tensors, scratch / file, metadata={"format": "pt"})
+            # safetensors lets only the owner read its files; as readable as any other file is what a model needs.
+            (scratch / file).chmod((scratch / CONFIG_NAME).stat().st_mode & 0o777)
+        if index is not None:
+            write_json(scratch / index_names(variant)[0], index)
+        _publish(scratch, folder, variant)
+
+
+def save_single_file(
+    model: nn.Module, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None
+) -> None:
+    """Write `model` into one safetensors file that holds its config too, for `load_single_file`.
+
+    The file appears whole or not at all. `dtype` and errors as for `save_model`.
+    """
+    fields, state = _content(model, dtype)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    tensors = {key: _cast(tensor, dtype, "cpu").contiguous() for key, tensor in state.items()}
+    try:
+        partial.touch()
+        mode = partial.stat().st_mode & 0o777  # safetensors would let only the owner read the file
+        save_file(tensors, partial, metadata={"format": "pt", CONFIG_KEY: json.dumps(fields)})
+        partial.chmod(mode)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _content(model: nn.Module, dtype: torch.dtype | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(content of config.json, tensors), checked."""
     class_name = getattr(type(model), "published_class_name", None)
     if class_name is None:
         raise WeightsError(
@@ -51,24 +97,8 @@ def save_model(
     state = {key: tensor.detach() for key, tensor in model.state_dict().items()}
     if unset := [key for key, tensor in state.items() if tensor.is_meta]:
         raise WeightsError(f"tensors on the meta device have no values to save: {first_few(unset)}")
-    # Without data, but of the sizes that will be written, which `dtype` may halve.
-    shapes = {key: _cast(tensor, dtype, "meta") for key, tensor in state.items()}
-    files, index = _split(shapes, variant, max_shard_size)
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as name:
-        scratch = Path(name)
-        config: Any = model.config
-        write_json(scratch / CONFIG_NAME, {**config.to_dict(), **header(class_name)})
-        for file, keys in files.items():
-            tensors = {key: _cast(state[key], dtype, "cpu").contiguous() for key in keys}
-            save_file(tensors, scratch / file, metadata={"format": "pt"})
-            # safetensors lets only the owner read its files; as readable as any other file is what a model needs.
-            (scratch / file).chmod((scratch / CONFIG_NAME).stat().st_mode & 0o777)
-        if index is not None:
-            write_json(scratch / index_names(variant)[0], index)
-        _publish(scratch, folder, variant)
+    config: Any = model.config
+    return {**config.to_dict(), **header(class_name)}, state
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None, device: str) -> Tensor:
