@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from sana_sprint.train.data import fit, pictures
+from sana_sprint.train.data.ahead import NUM_THREADS, read_ahead
 from sana_sprint.train.data.pictures import decode
 from sana_sprint.train.data.records import Record
 from tests._data import encoded
@@ -96,3 +97,29 @@ def test_a_batch() -> None:
     assert pictures(samples.__getitem__, range(3), size=2)[0].shape == (3, 3, 2, 2)
     with pytest.raises(ValueError, match="one size, got 4x4, 8x4, 12x4: set a size"):
         pictures(samples.__getitem__, range(3))
+
+
+def test_reading_ahead_keeps_order_and_few_pictures() -> None:
+    started: list[int] = []
+
+    def read(position: int) -> int:
+        started.append(position)
+        return position
+
+    results = read_ahead(read, range(100))
+    assert next(results) == 0
+    assert len(started) <= 2 * NUM_THREADS
+    assert list(results) == list(range(1, 100))
+    assert list(read_ahead(read, [])) == []
+
+
+def test_an_error_met_ahead_is_raised_in_its_turn() -> None:
+    def read(position: int) -> int:
+        if position == 3:
+            raise ValueError("the fourth")
+        return position
+
+    results = read_ahead(read, range(100))
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(ValueError, match="the fourth"):
+        next(results)

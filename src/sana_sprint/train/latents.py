@@ -14,10 +14,18 @@ from torch import Tensor
 
 from sana_sprint.models.autoencoder import AutoencoderDC
 from sana_sprint.resolutions import nearest_bucket
+from sana_sprint.train.data.ahead import read_ahead
 from sana_sprint.train.data.order import BucketOrder
 from sana_sprint.train.data.pictures import fit, to_tensor
-from sana_sprint.train.data.records import Unreadable
-from sana_sprint.train.data.source import MAX_BAD_FRACTION, RecordSource, Source, open_source, refuse_too_many
+from sana_sprint.train.data.records import Sample, Unreadable
+from sana_sprint.train.data.source import (
+    MAX_BAD_FRACTION,
+    FunctionSource,
+    RecordSource,
+    Source,
+    open_source,
+    refuse_too_many,
+)
 from sana_sprint.train.parts import Part, digest, make_parts, read_part, write_part
 
 _FORMAT = "latents 2: bf16, of a bf16 autocast"  # part of every key; changes with what the files hold
@@ -174,14 +182,14 @@ class _Encoder:
         buckets: dict[str, _Bucket] = {}
         skipped: list[tuple[int, str]] = []
         uncaptioned: list[int] = []
-        for i, position in enumerate(positions):
-            try:
-                pixels, texts = self.source.sample(position)
-            except Unreadable as error:
-                skipped.append((i, error.reason))
-                self.skipped[error.name] = error.reason
+        # A function need not be safe to call from several threads.
+        read = map if isinstance(self.source, FunctionSource) else read_ahead
+        for i, sample in enumerate(read(self._read, positions)):
+            if isinstance(sample, Unreadable):
+                skipped.append((i, sample.reason))
+                self.skipped[sample.name] = sample.reason
                 continue
-            pixels = self._fitted(pixels, position)
+            pixels, texts = sample
             bucket = buckets.setdefault(f"{pixels.shape[0]}x{pixels.shape[1]}", _Bucket())
             bucket.pending.append(pixels)
             bucket.captions.append(texts)
@@ -205,6 +213,13 @@ class _Encoder:
         if bucket.pending:
             bucket.latents.append(self._encode(bucket.pending))
             bucket.pending.clear()
+
+    def _read(self, position: int) -> Sample | Unreadable:
+        try:
+            pixels, texts = self.source.sample(position)
+        except Unreadable as error:
+            return error
+        return self._fitted(pixels, position), texts
 
     def _fitted(self, pixels: np.ndarray, position: int) -> np.ndarray:
         height, width = pixels.shape[:2]

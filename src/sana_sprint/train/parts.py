@@ -35,8 +35,8 @@ def make_parts(count: int, make: Callable[[range], Path], *, label: str) -> dict
     """
     parts = [range(start, min(start + PART_SIZE, count)) for start in range(0, count, PART_SIZE)]
     rank, size = distributed.rank(), distributed.world_size()
-    own = tqdm(parts[rank::size], desc=label, unit="part", dynamic_ncols=True, disable=rank != 0)
-    made = {part: make(part) for part in own}
+    with tqdm(parts[rank::size], desc=label, unit="part", dynamic_ncols=True, disable=rank != 0) as own:
+        made = {part: make(part) for part in own}
     if size > 1:
         gathered: list[dict[range, Path]] = [{} for _ in range(size)]
         torch.distributed.all_gather_object(gathered, made)
