@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, get_args
 
@@ -70,6 +71,12 @@ def test_every_field_has_an_effect(tmp_path: Path) -> None:
         }
         seen = {(section, field) for where, section, field in FIELDS_READ if where in (stage, "any")}
         assert not sorted(fields - seen), f"fields of {stage} that nothing reads"
+
+
+def test_the_resolved_config_is_saved_and_read_back(tmp_path: Path) -> None:
+    run = parse(toy_run(tmp_path, steps=1))  # has a limit that is infinite, which JSON proper cannot say
+    loop.run(Toy(run), run, report=silent)
+    assert parse(json.loads((tmp_path / "config.json").read_text())) == run
 
 
 def test_fields_that_may_change_are_fields() -> None:

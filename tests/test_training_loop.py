@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -203,3 +204,11 @@ def test_tensorboard_gets_what_the_log_gets(tmp_path: Path) -> None:
     assert [step for step, _ in told] == [step for step, _ in logged]
     for (_, value), (_, expected) in zip(told, logged, strict=True):
         assert value == pytest.approx(expected, rel=1e-6)  # TensorBoard keeps fp32
+
+
+def test_tensorboard_without_its_package_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match=r"pip install \"sana-sprint\[train\]\""):
+        train_toy(toy_run(tmp_path, tensorboard=True))

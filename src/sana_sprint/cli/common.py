@@ -18,7 +18,13 @@ DEBUG_VARIABLE = "SANA_SPRINT_DEBUG"  # set: failures show their traceback
 INTERRUPTED = 130  # 128 + SIGINT, the shells' convention
 
 # What an optional library is installed with.
-EXTRAS = {"bs4": "caption", "ftfy": "caption", "pyarrow": "train"}
+EXTRAS = {
+    "bitsandbytes": "train",
+    "bs4": "caption",
+    "ftfy": "caption",
+    "pyarrow": "train",
+    "tensorboard": "train",
+}
 
 # What typer raises for a call it cannot understand. It comes from typer itself or, in older releases, from click.
 _CallError: type[Exception] = cast("type[Exception]", typer.BadParameter.__base__)

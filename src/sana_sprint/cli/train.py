@@ -31,7 +31,7 @@ def train(
     """Train one stage: an autoencoder, a teacher or a student.
 
     Ctrl-C, or SIGTERM, lets the step finish, saves and ends; a second one ends at once. A run that was stopped continues
-    from its last checkpoint when the same command is given again; resume=never and the like ask for less or more. A data source such
+    from its last checkpoint when the same command is given again (resume=latest, never or a checkpoint say otherwise). A data source such
     as recipes.emoji.scenes:training_scene is looked for in the current folder. For several processes use
     torchrun --nproc-per-node 2 -m sana_sprint train STAGE.toml
     """
@@ -106,7 +106,7 @@ def _reporter(*, is_main: bool) -> Report:
 
 
 def _make_stage(config: AnyRun, report: Report) -> Stage:
-    from sana_sprint.train.config import AutoencoderRun, TeacherRun
+    from sana_sprint.train.config import AdaptationRun, AutoencoderRun, TeacherRun
 
     try:
         if isinstance(config, AutoencoderRun):
@@ -117,6 +117,10 @@ def _make_stage(config: AnyRun, report: Report) -> Stage:
             from sana_sprint.train.teacher_stage import TeacherStage
 
             return TeacherStage(config, report=report)
+        if isinstance(config, AdaptationRun):
+            from sana_sprint.train.adaptation_stage import AdaptationStage
+
+            return AdaptationStage(config, report=report)
         from sana_sprint.train.student_stage import StudentStage
 
         return StudentStage(config, report=report)

@@ -101,5 +101,6 @@ def _tensorboard(folder: Path, first_step: int) -> SummaryWriter:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ValueError('tensorboard = true needs TensorBoard: pip install "sana-sprint[train]"') from error
+        message = 'tensorboard = true needs TensorBoard: pip install "sana-sprint[train]"'
+        raise ImportError(message, name="tensorboard") from error
     return SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)

@@ -38,6 +38,7 @@ def run(
 
     Raises:
         ValueError: the batch cannot be divided, or the checkpoint to resume is missing or another run's.
+        ImportError: the run asks for a package that is not installed.
         RuntimeError: the loss or gradient was not finite too many steps in a row.
     """
     learner = Learner(stage, config)

@@ -27,7 +27,7 @@ def make_optimizers(named: Named, config: OptimizerConfig) -> list[Optimizer]:
     Weights of fewer than two dimensions do not decay.
 
     Raises:
-        ValueError: the optimiser needs a package that is not installed.
+        ImportError: the optimiser needs a package that is not installed.
     """
     if config.name != "muon":
         return _elementwise(named, config)
@@ -87,8 +87,7 @@ def _adamw8bit(groups: list[dict[str, Any]], config: OptimizerConfig) -> Optimiz
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
-        raise ValueError(
-            'optimizer "adamw8bit" needs bitsandbytes: pip install "sana-sprint[train]"'
-        ) from error
+        message = 'optimizer "adamw8bit" needs bitsandbytes: pip install "sana-sprint[train]"'
+        raise ImportError(message, name="bitsandbytes") from error
     optimizer: Optimizer = AdamW8bit(groups, lr=config.learning_rate, betas=config.betas)
     return optimizer
