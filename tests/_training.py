@@ -25,6 +25,7 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from sana_sprint.train import checkpoint, config, distributed, loop
+from sana_sprint.train.adaptation_stage import AdaptationStage
 from sana_sprint.train.autoencoder_stage import AutoencoderStage
 from sana_sprint.train.data.order import shuffled
 from sana_sprint.train.stage import Metrics, Part, Stage
@@ -58,6 +59,8 @@ def silent(_: str) -> None:
 def make(run: config.AnyRun) -> Stage:
     if isinstance(run, config.AutoencoderRun):
         return AutoencoderStage(run, report=silent)
+    if isinstance(run, config.AdaptationRun):
+        return AdaptationStage(run, report=silent)
     if isinstance(run, config.TeacherRun):
         return TeacherStage(run, report=silent)
     return StudentStage(run, report=silent)
@@ -160,6 +163,18 @@ def teacher_run(
             "qk_norm": "rms_norm_across_heads",
         },
         "optimizer": {"name": optimizer, "warmup_steps": 1},
+        "schedule": _schedule(steps),
+    }
+
+
+def adaptation_run(output: Path, teacher: Path, *, steps: int = 2) -> dict[str, Any]:
+    return {
+        "stage": "adaptation",
+        "output": str(output),
+        "precision": "fp32",
+        "teacher": str(teacher),
+        "data": {"source": "_training:colored_square", "num_samples": 24},
+        "optimizer": {"warmup_steps": 1, "learning_rate": 1e-4},
         "schedule": _schedule(steps),
     }
 

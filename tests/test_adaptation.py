@@ -1,14 +1,18 @@
 """A teacher without QK norm and dense time is given both, and starts close to what it was."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from _models import tiny_transformer, transformer_inputs
+from _training import adaptation_run, autoencoder_run, make, parse, teacher_run, train
 
 from sana_sprint.models.layers import RMSNorm, ScalarEmbedder
 from sana_sprint.models.transformer import SanaTransformer2DModel
 from sana_sprint.train.adaptation import densify_time, with_qk_norm
+from sana_sprint.train.conditioning import embed
+from sana_sprint.weights import load_model
 
 
 def run(model: SanaTransformer2DModel) -> torch.Tensor:
@@ -94,3 +98,40 @@ def test_time_that_oscillates_is_smoothed_not_followed() -> None:
         new_variation = embedder(times).diff(dim=0).norm(dim=1).sum()
     assert error > 0.1
     assert new_variation < old_variation / 10
+
+
+@pytest.fixture(scope="module")
+def old_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher without QK norm, of a few steps."""
+    folder = tmp_path_factory.mktemp("old")
+    train(autoencoder_run(folder / "autoencoder", steps=1))
+    run = teacher_run(folder / "teacher", folder / "autoencoder" / "final", steps=2)
+    del run["model"]["qk_norm"]
+    train(run)
+    return folder / "teacher" / "final"
+
+
+def test_the_stage_fine_tunes_the_transformer_alone_and_exports_a_teacher(
+    old_teacher: Path, tmp_path: Path
+) -> None:
+    train(adaptation_run(tmp_path / "run", old_teacher))
+    final = tmp_path / "run" / "final"
+    adapted = load_model(SanaTransformer2DModel, final / "transformer")
+    assert adapted.config.qk_norm == "rms_norm_across_heads"
+    old = load_model(SanaTransformer2DModel, old_teacher / "transformer").state_dict()
+    assert any(not torch.equal(adapted.state_dict()[name], value) for name, value in old.items())
+    for part in ("text_encoder", "vae"):
+        for file in (old_teacher / part).glob("*.safetensors"):
+            assert (final / part / file.name).read_bytes() == file.read_bytes(), file
+    # It is what a student run starts from, and an adaptation run too: it has all that it needs by now.
+    again = parse({**adaptation_run(tmp_path / "again", final), "old_time_scale": 1.0})
+    stage = make(again)
+    embeddings = embed(stage.encoder, ["a red square"], instruction=False)
+    u, s = torch.randn(1, 4, 4, 4), torch.tensor([0.4])
+    context = adapted.encode_caption(embeddings.embeds, embeddings.mask)
+    torch.testing.assert_close(
+        stage.velocity(stage.transformer.encode_caption(embeddings.embeds, embeddings.mask))(u, s),
+        adapted(u, s, context),
+        rtol=0,
+        atol=0,
+    )

@@ -124,19 +124,14 @@ class AutoencoderRun(_Run):
     latent_weight: float = Field(default=1e-3, ge=0)
 
 
-class TeacherRun(_Run):
-    """Trains a flow-matching teacher, with its text encoder, on cached latents."""
+class _FlowRun(_Run):
+    """Flow matching on cached latents."""
 
-    stage: Literal["teacher"]
     data: LatentDataConfig
     # Recompute each block's activations in the backward pass instead of keeping them.
     gradient_checkpointing: bool = False
     # Captions are dropped with this probability, so that guidance has an unconditional model.
     caption_dropout: float = Field(default=0.1, ge=0, le=1)
-    autoencoder: Path
-    tokenizer_vocab: int = Field(default=1024, ge=300)
-    text_encoder: dict[str, Any]
-    model: dict[str, Any]
     # Flow times are sigmoid(N(mean, std)): logit-normal, as SD3 and SANA.
     time_mean: float = 0.0
     time_std: float = Field(default=1.0, gt=0)
@@ -144,6 +139,26 @@ class TeacherRun(_Run):
     instruction_rate: float = Field(default=0.5, ge=0, le=1)
     # Guidance of the sample grids.
     guidance_scale: float = Field(default=4.5, ge=1)
+
+
+class TeacherRun(_FlowRun):
+    """Trains a flow-matching teacher from scratch, with its tokenizer and text encoder."""
+
+    stage: Literal["teacher"]
+    autoencoder: Path
+    tokenizer_vocab: int = Field(default=1024, ge=300)
+    text_encoder: dict[str, Any]
+    model: dict[str, Any]
+
+
+class AdaptationRun(_FlowRun):
+    """Fine-tunes a flow-matching teacher that lacks dense time or QK norm until it has both (section 3.2 of the paper)."""
+
+    stage: Literal["adaptation"]
+    # A pipeline's folder or Hub id: its transformer learns, its text encoder does not.
+    teacher: Path
+    # What the old transformer's time is multiplied by, relative to flow time in [0,1]; 1: its time is dense already.
+    old_time_scale: float = Field(default=1000.0, ge=1)
 
 
 class DiscriminatorConfig(_Section):
@@ -201,8 +216,8 @@ class StudentRun(_Run):
         return (self.optimizer,) + ((self.discriminator.optimizer,) if self.discriminator else ())
 
 
-RunConfig = Annotated[AutoencoderRun | TeacherRun | StudentRun, Field(discriminator="stage")]
-AnyRun = AutoencoderRun | TeacherRun | StudentRun
+AnyRun = AutoencoderRun | TeacherRun | AdaptationRun | StudentRun
+RunConfig = Annotated[AnyRun, Field(discriminator="stage")]
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> AnyRun:

@@ -1,0 +1,112 @@
+"""Flow matching on cached latents: what training a teacher and adapting one have in common."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sana_sprint.images import grid, to_pil
+from sana_sprint.models.autoencoder import AutoencoderDC
+from sana_sprint.models.text_encoder import PromptEncoder
+from sana_sprint.models.transformer import CaptionContext, SanaTransformer2DModel
+from sana_sprint.train import distributed
+from sana_sprint.train.conditioning import drop_captions, embed, unconditional
+from sana_sprint.train.config import AdaptationRun, TeacherRun
+from sana_sprint.train.data import VALIDATION_START, channels_last, open_source
+from sana_sprint.train.flow import flow_loss, guided, logit_normal_times, sample_flow
+from sana_sprint.train.latents import cached_latents
+from sana_sprint.train.metrics import loss_by_level
+from sana_sprint.train.stage import Metrics, Part, Report, autocast
+from sana_sprint.train.text import save_text
+from sana_sprint.trigflow import Velocity
+from sana_sprint.weights import load_model, save_model
+
+NUM_VALIDATION_CAPTIONS = 16
+
+
+class FlowStage:
+    """See `stage.Stage`. Subclasses set `transformer`, `encoder` and `players`. The latents' cache lies beside the output.
+
+    Args:
+        config: the run.
+        autoencoder: folder of the DC-AE.
+        report: receives lines about the cache.
+    """
+
+    transformer: SanaTransformer2DModel
+    encoder: PromptEncoder
+    players: dict[str, nn.Module]
+
+    def __init__(self, config: TeacherRun | AdaptationRun, autoencoder: Path, *, report: Report) -> None:
+        torch.manual_seed(config.seed)
+        self.config = config
+        self.device = distributed.device()
+        self.autoencoder_folder = autoencoder
+        self.autoencoder = channels_last(load_model(AutoencoderDC, autoencoder).to(self.device))
+        self.cache = cached_latents(
+            config.output.parent,
+            config.data.source,
+            config.data.num_samples,
+            self.autoencoder,
+            report=report,
+            size=config.data.size,
+            max_bad=config.data.max_bad_fraction,
+        )
+        source = open_source(config.data.source, max_bad=config.data.max_bad_fraction)
+        self.validation_captions = [
+            source(VALIDATION_START + i)[1][0] for i in range(NUM_VALIDATION_CAPTIONS)
+        ]
+
+    def player(self, step: int) -> str:
+        """The teacher, always."""
+        return "teacher"
+
+    def loss(self, part: Part) -> tuple[Tensor, Metrics]:
+        """Flow-matching loss on a part of the shuffled cache."""
+        order = self.cache.shuffled(
+            part.indices, batch_size=self.config.schedule.batch_size, seed=self.config.seed
+        )
+        u0, captions = self.cache.batch(order)
+        u0 = u0.to(self.device)
+        flow_t = logit_normal_times(len(u0), mean=self.config.time_mean, std=self.config.time_std)
+        instruction = float(torch.rand(())) < self.config.instruction_rate
+        with autocast(self.config):
+            embeddings = embed(self.encoder, captions, instruction=instruction)
+            dropped = torch.rand(len(u0), device=self.device) < self.config.caption_dropout
+            context = self.transformer.encode_caption(
+                embeddings.embeds, drop_captions(embeddings.mask, dropped)
+            )
+            losses = flow_loss(self.velocity(context), u0, torch.randn_like(u0), flow_t.to(self.device))
+        return losses.mean(), loss_by_level(losses, flow_t)
+
+    def velocity(self, context: CaptionContext) -> Velocity:
+        """The model, told the captions."""
+        return lambda x, flow_t: self.transformer(x, flow_t, context)
+
+    def validate(self, folder: Path, step: int) -> Metrics:
+        """Guided 20-step pictures of fixed prompts from fixed noise."""
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(len(self.validation_captions), *self.cache.shape, generator=generator)
+        noise = noise.to(self.device)
+        with autocast(self.config):
+            embeddings = embed(self.encoder, self.validation_captions, instruction=True)
+            velocity = guided(
+                self.velocity(self.transformer.encode_caption(embeddings.embeds, embeddings.mask)),
+                self.velocity(unconditional(self.transformer, embeddings)),
+                self.config.guidance_scale,
+            )
+            latent = sample_flow(velocity, noise)
+            image = self.autoencoder.decode(latent / self.autoencoder.config.scaling_factor)
+        folder.mkdir(parents=True, exist_ok=True)
+        grid(to_pil(image.float()), columns=8).save(folder / f"{step:08d}.png")
+        (folder / "captions.txt").write_text("\n".join(self.validation_captions) + "\n", encoding="utf-8")
+        return {"latent_rms": latent.square().mean().sqrt().item()}
+
+    def export(self, folder: Path) -> None:
+        """Writes transformer, text encoder, tokenizer and autoencoder as folders of one model."""
+        save_model(self.transformer, folder / "transformer")
+        save_text(self.encoder.tokenizer, self.encoder.text_encoder, folder)
+        shutil.copytree(self.autoencoder_folder, folder / "vae", dirs_exist_ok=True)
