@@ -7,17 +7,28 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from _training import FIELDS_READ, Toy, chain, parse, reads, silent, student_run, toy_run, train
+from _training import (
+    FIELDS_READ,
+    Toy,
+    adaptation_run,
+    chain,
+    parse,
+    reads,
+    silent,
+    student_run,
+    toy_run,
+    train,
+)
 
 from sana_sprint.train import config, loop
 from sana_sprint.train.config import load_config
 
-RECIPES = Path(__file__).parents[1] / "recipes/emoji"
+RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def test_recipes_are_valid_and_overrides_apply() -> None:
-    recipes = sorted(RECIPES.glob("*.toml"))
-    assert len(recipes) >= 3
+    recipes = sorted(RECIPES.glob("*/*.toml"))
+    assert len(recipes) >= 6
     for recipe in recipes:
         load_config(recipe)
     run = load_config(recipes[0], ["schedule.steps=7", "output=elsewhere"])
@@ -39,7 +50,7 @@ def test_recipes_are_valid_and_overrides_apply() -> None:
 )
 def test_bad_overrides_are_named(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        load_config(RECIPES / "autoencoder.toml", ["seed=0", override])
+        load_config(RECIPES / "emoji/autoencoder.toml", ["seed=0", override])
 
 
 def sections(model: type[config._Section]) -> dict[str, type[config._Section]]:
@@ -57,6 +68,7 @@ def test_every_field_has_an_effect(tmp_path: Path) -> None:
     folder = chain()  # its reads count
     student: dict[str, Any] = student_run(tmp_path / "alone", folder / "teacher" / "final", steps=1)
     train(student)
+    train(adaptation_run(tmp_path / "adapted", folder / "teacher" / "final", steps=1))
     for optimizer in (
         "muon",
         "came",
