@@ -24,15 +24,16 @@ _CAPTIONS_AT_ONCE = 32
 class EmbeddingCache:
     """Looks embeddings up instead of computing them. They stay on disk, mapped into memory."""
 
-    def __init__(self, places: dict[str, tuple[Tensor, int]]) -> None:
-        """Args: for each caption its tokens' embeddings (L,D), and how many tokens were cut off."""
+    def __init__(self, places: dict[str, tuple[Tensor, int]], device: torch.device) -> None:
+        """Args: each caption's embeddings (L,D) and how many of its tokens were cut off; where `encode` puts them."""
         self._places = places
+        self._device = device
 
     def __len__(self) -> int:
         return len(self._places)
 
     def encode(self, captions: Sequence[str]) -> PromptEmbeddings:
-        """What the encoder gave for these captions, up to rounding as in a batch of others.
+        """What the encoder gives for these captions, on its device, up to the rounding of another batch.
 
         Raises:
             ValueError: one is not in the cache.
@@ -43,8 +44,8 @@ class EmbeddingCache:
         embeds = nn.utils.rnn.pad_sequence([tokens for tokens, _ in rows], batch_first=True)
         num_tokens = tuple(len(tokens) for tokens, _ in rows)
         return PromptEmbeddings(
-            embeds=embeds,
-            mask=torch.arange(embeds.shape[1]) < torch.tensor(num_tokens)[:, None],
+            embeds=embeds.to(self._device),
+            mask=(torch.arange(embeds.shape[1]) < torch.tensor(num_tokens)[:, None]).to(self._device),
             truncated=tuple(lost > 0 for _, lost in rows),
             num_tokens=num_tokens,
             lost_tokens=tuple(lost for _, lost in rows),
@@ -98,7 +99,7 @@ def cached_embeddings(
         lengths = tensors["num_tokens"].tolist()
         rows += zip(torch.split(tensors["embeds"], lengths), tensors["lost_tokens"].tolist(), strict=True)
     report(f"embeddings: {len(texts)} captions in {folder / 'embeddings'}")
-    return EmbeddingCache(dict(zip(texts, rows, strict=True)))
+    return EmbeddingCache(dict(zip(texts, rows, strict=True)), encoder.text_encoder.device)
 
 
 def _encode(
