@@ -97,20 +97,18 @@ def reads(stage: str) -> Iterator[None]:
 
 @functools.cache
 def chain() -> Path:
-    """A folder with a tiny autoencoder, teacher and student, each trained a few steps; made once for all tests."""
+    """A folder with a run of every stage, named after it, each of a few steps; made once for all tests."""
     folder = Path(tempfile.mkdtemp(prefix="sana-sprint-chain-"))
     atexit.register(shutil.rmtree, folder)
     train(autoencoder_run(folder / "autoencoder"))
     train(teacher_run(folder / "teacher", folder / "autoencoder" / "final"))
-    train(student_run(folder / "student", folder / "teacher" / "final", discriminator=DISCRIMINATOR))
+    train(adaptation_run(folder / "adaptation", folder / "teacher" / "final"))
+    train(hybrid_run(folder / "student", folder / "teacher" / "final", r1_weight=0.1))
     return folder
 
 
 def _schedule(steps: int) -> dict[str, Any]:
     return {"steps": steps, "batch_size": 4, "log_every": 1, "sample_every": steps, "save_every": 1}
-
-
-DISCRIMINATOR = {"blocks": [0, 1], "r1_weight": 0.1, "optimizer": {"name": "came", "warmup_steps": 1}}
 
 
 def autoencoder_run(output: Path, *, steps: int = 3) -> dict[str, Any]:
@@ -179,11 +177,8 @@ def adaptation_run(output: Path, teacher: Path, *, steps: int = 2) -> dict[str, 
     }
 
 
-def student_run(
-    output: Path, teacher: Path, *, steps: int = 4, discriminator: dict[str, Any] | None = None
-) -> dict[str, Any]:
+def student_run(output: Path, teacher: Path, *, steps: int = 4) -> dict[str, Any]:
     return {
-        "discriminator": discriminator,
         "stage": "student",
         "output": str(output),
         "precision": "fp32",
@@ -195,6 +190,7 @@ def student_run(
 
 
 def hybrid_run(output: Path, teacher: Path, *, steps: int = 4, **discriminator: Any) -> dict[str, Any]:
+    """A student with a discriminator; further arguments are the latter's fields."""
     heads = {"blocks": [0, 1], "optimizer": {"warmup_steps": 0}, **discriminator}
     return {**student_run(output, teacher, steps=steps), "discriminator": heads}
 

@@ -1,4 +1,4 @@
-"""The three stages end to end in small: what they write, how they resume, and what the student starts from."""
+"""All stages end to end in small: what they write, how they resume, and what the student starts from."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from _training import (
-    DISCRIMINATOR,
+    adaptation_run,
     assert_same,
     autoencoder_run,
+    hybrid_run,
     make,
     parse,
     silent,
@@ -38,7 +39,7 @@ def chain() -> Path:
 
 
 def test_every_stage_writes_its_log_samples_and_model(chain: Path) -> None:
-    for stage, last in (("autoencoder", 3), ("teacher", 3), ("student", 4)):
+    for stage, last in (("autoencoder", 3), ("teacher", 3), ("adaptation", 2), ("student", 4)):
         entries = [json.loads(line) for line in (chain / stage / "log.jsonl").read_text().splitlines()]
         assert [entry["step"] for entry in entries if "skipped_steps" in entry] == list(range(1, last + 1))
         for step in (0, last):
@@ -68,12 +69,13 @@ def runs(chain: Path) -> dict[str, dict[str, Any]]:
     return {
         "autoencoder": autoencoder_run(chain, steps=4),
         "teacher": teacher_run(chain, chain / "autoencoder" / "final", steps=4),
+        "adaptation": adaptation_run(chain, teacher, steps=4),
         "student": student_run(chain, teacher, steps=4),
-        "hybrid": student_run(chain, teacher, steps=4, discriminator=DISCRIMINATOR),
+        "hybrid": hybrid_run(chain, teacher, steps=4, r1_weight=0.1),
     }
 
 
-@pytest.mark.parametrize("name", ["autoencoder", "teacher", "student", "hybrid"])
+@pytest.mark.parametrize("name", ["autoencoder", "teacher", "adaptation", "student", "hybrid"])
 def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(chain: Path, tmp_path: Path, name: str) -> None:
     values = runs(chain)[name]
     train({**values, "output": str(tmp_path / "whole")})
