@@ -284,3 +284,13 @@ def test_two_processes_share_the_work(folder: Path, autoencoder: AutoencoderDC) 
     assert {name for lines in said for name in lines[:-1]} == files(folder)
     assert said[0][-1] == said[1][-1]
     assert said[0][-1].startswith("10 ")
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(parts.os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        parts.write_part(tmp_path / "a.safetensors", {"x": torch.zeros(3)}, {})
+    assert not list(tmp_path.iterdir())

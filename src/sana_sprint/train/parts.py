@@ -49,10 +49,13 @@ def write_part(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) ->
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".partial-{os.getpid()}")  # two runs may make the same part
     packed = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(packed, partial, metadata={"facts": json.dumps(facts)})
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        save_file(packed, partial, metadata={"facts": json.dumps(facts)})
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)  # of a failure
 
 
 def read_part(path: Path) -> Part:

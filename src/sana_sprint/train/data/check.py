@@ -8,11 +8,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from sana_sprint.resolutions import nearest_bucket
+from sana_sprint.train.data.ahead import read_ahead
 from sana_sprint.train.data.records import Unreadable
-from sana_sprint.train.data.source import RecordSource, open_source
+from sana_sprint.train.data.source import RecordSource, Source, open_source
 
 
 @dataclass
@@ -85,54 +84,61 @@ def check_source(
         raise ValueError(f"{source} is a function, which never ends: set a limit of samples to look at")
     else:
         total, held_out = limit, 0
-    found, tally = Check(source, samples=total, held_out=held_out), _Tally()
-    for position in progress(range(total)):
-        try:
-            pixels, texts = opened.sample(position)
-        except Unreadable as error:
-            found.unreadable[error.name] = error.reason
-            continue
-        height, width = pixels.shape[:2]
-        tally.add(opened.name(position), pixels, texts, nearest_bucket(height, width, size, multiple))
-    tally.report(found)
+    found = Check(source, samples=total, held_out=held_out)
+    seen: list[_Seen] = []
+
+    def see(position: int) -> _Seen | Unreadable:
+        return _see(opened, position, size, multiple)
+
+    # A function need not be safe to call from several threads.
+    read = read_ahead if isinstance(opened, RecordSource) else map
+    for _, one in zip(progress(range(total)), read(see, range(total)), strict=True):
+        if isinstance(one, Unreadable):
+            found.unreadable[one.name] = one.reason
+        else:
+            seen.append(one)
+    _summarise(found, seen)
     return found
 
 
-class _Tally:
-    """What is counted on the way: names, sizes and captions of the readable pictures, in their order."""
+@dataclass(frozen=True)
+class _Seen:
+    """What is kept of a picture after it was looked at. Sizes are (height, width)."""
 
-    def __init__(self) -> None:
-        self.names: list[str] = []
-        self.hashes: list[str] = []
-        self.sizes: list[tuple[int, int]] = []  # (height, width)
-        self.buckets: list[tuple[int, int]] = []
-        self.captions: list[list[str]] = []
+    name: str
+    pixels_hash: str
+    size: tuple[int, int]
+    bucket: tuple[int, int]
+    captions: list[str]
 
-    def add(self, name: str, pixels: np.ndarray, texts: Sequence[str], bucket: tuple[int, int]) -> None:
-        height, width = pixels.shape[:2]
-        self.names.append(name)
-        self.hashes.append(hashlib.sha256(f"{height} {width}".encode() + pixels.tobytes()).hexdigest())
-        self.sizes.append((height, width))
-        self.buckets.append(bucket)
-        self.captions.append([text for text in texts if text])
 
-    def report(self, found: Check) -> None:
-        same: dict[str, list[str]] = {}
-        for name, key in zip(self.names, self.hashes, strict=True):
-            same.setdefault(key, []).append(name)
-        found.duplicates = [names for names in same.values() if len(names) > 1]
-        found.uncaptioned = [name for name, texts in zip(self.names, self.captions, strict=True) if not texts]
-        found.enlarged = [
-            name
-            for name, size, bucket in zip(self.names, self.sizes, self.buckets, strict=True)
-            if size[0] < bucket[0] or size[1] < bucket[1]
-        ]
-        found.buckets = {
-            f"{height}x{width}": n for (height, width), n in sorted(Counter(self.buckets).items())
-        }
-        found.heights = Spread.of([height for height, _ in self.sizes])
-        found.widths = Spread.of([width for _, width in self.sizes])
-        every = [text for texts in self.captions for text in texts]
-        found.captions_per_picture = Spread.of([len(texts) for texts in self.captions])
-        found.caption_characters = Spread.of([len(text) for text in every])
-        found.caption_words = Spread.of([len(text.split()) for text in every])
+def _see(source: Source, position: int, size: int, multiple: int) -> _Seen | Unreadable:
+    try:
+        pixels, captions = source.sample(position)
+    except Unreadable as error:
+        return error
+    height, width = pixels.shape[:2]
+    return _Seen(
+        source.name(position),
+        hashlib.sha256(f"{height} {width}".encode() + pixels.tobytes()).hexdigest(),
+        (height, width),
+        nearest_bucket(height, width, size, multiple),
+        [caption for caption in captions if caption],
+    )
+
+
+def _summarise(found: Check, seen: Sequence[_Seen]) -> None:
+    same: dict[str, list[str]] = {}
+    for one in seen:
+        same.setdefault(one.pixels_hash, []).append(one.name)
+    found.duplicates = [names for names in same.values() if len(names) > 1]
+    found.uncaptioned = [one.name for one in seen if not one.captions]
+    found.enlarged = [one.name for one in seen if one.size[0] < one.bucket[0] or one.size[1] < one.bucket[1]]
+    buckets = Counter(one.bucket for one in seen)
+    found.buckets = {f"{height}x{width}": count for (height, width), count in sorted(buckets.items())}
+    found.heights = Spread.of([one.size[0] for one in seen])
+    found.widths = Spread.of([one.size[1] for one in seen])
+    captions = [caption for one in seen for caption in one.captions]
+    found.captions_per_picture = Spread.of([len(one.captions) for one in seen])
+    found.caption_characters = Spread.of([len(caption) for caption in captions])
+    found.caption_words = Spread.of([len(caption.split()) for caption in captions])

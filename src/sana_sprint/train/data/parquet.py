@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,9 @@ from sana_sprint.train.data.records import (
     picture_column,
 )
 
-_GROUPS_KEPT = 2  # row groups in memory: reading in order needs one, and the second serves its borders
+_GROUPS_KEPT = (
+    4  # row groups in memory: reading in order needs one, threads that read ahead need the next too
+)
 
 
 class _Group(NamedTuple):
@@ -61,6 +64,7 @@ class ParquetRecords:
         if not self._count:
             raise ValueError(f"{paths[0]} has no rows")
         self._read = functools.lru_cache(maxsize=_GROUPS_KEPT)(self._read_group)
+        self._lock = threading.Lock()  # so that threads wait for a group instead of each reading it
 
     def __len__(self) -> int:
         return self._count
@@ -75,7 +79,9 @@ class ParquetRecords:
         group = self._group(index)
         column, _ = self._columns[group.path]
         try:
-            row: dict[str, Any] = self._read(group).slice(index - group.start, 1).to_pylist()[0]
+            with self._lock:
+                rows = self._read(group)
+            row: dict[str, Any] = rows.slice(index - group.start, 1).to_pylist()[0]
         except (ArrowException, OSError) as error:
             raise Unreadable(self.name(index), f"its row group: {error}") from error
         picture = _picture(row.pop(column), group.path.parent)
