@@ -23,7 +23,9 @@ def captioned(teacher: SanaTransformer2DModel, batch: int):
     return teacher.encode_caption(torch.randn(batch, 5, teacher.config.caption_channels))
 
 
-def test_features_are_those_of_the_flow_model_inside_the_trigflow_one(teacher) -> None:
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_features_are_those_of_the_flow_model_inside_the_trigflow_one(scale: float) -> None:
+    teacher = tiny_transformer("teacher", timestep_scale=scale)
     blocks = (1, teacher.config.num_layers - 1)
     (u, t), context = noised(teacher, 3), captioned(teacher, 3)
     discriminator = Discriminator(teacher.config.width, teacher.config.num_layers, blocks)
@@ -32,7 +34,7 @@ def test_features_are_those_of_the_flow_model_inside_the_trigflow_one(teacher) -
         teacher.blocks[number].register_forward_hook(
             lambda _m, _i, output, number=number: seen.__setitem__(number, output)
         )
-    flow_denoiser(lambda x, s: teacher(x, s, context))(u, t)
+    flow_denoiser(lambda x, s: teacher(x, s * scale, context))(u, t)
     expected = [seen[number] for number in blocks]
     features = discriminator.features(teacher, u, t, context)
     for mine, reference in zip(features, expected, strict=True):

@@ -96,9 +96,12 @@ def test_dual_equals_forward_mode_for_any_shape(
     assert_transform_equals_forward_mode(model, batch=batch, grid=grid, tokens=tokens)
 
 
-@pytest.mark.parametrize("name", ["sprint", "positions_patch2", "plain"])
-def test_flow_wrapper_is_differentiated_too(name: str) -> None:
-    inputs = wrapped_inputs(tiny_transformer(name).double())
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("sprint", {}), ("positions_patch2", {}), ("plain", {}), ("plain", {"timestep_scale": 30.0})],
+)
+def test_flow_wrapper_is_differentiated_too(name: str, changes: dict[str, Any]) -> None:
+    inputs = wrapped_inputs(tiny_transformer(name, **changes).double())
     F, dF = tangent.value_and_tangent(*inputs)
     expected = tangent.value_and_tangent_by_jvp(*inputs)
     assert relative(F, expected[0]) < 1e-10  # as above

@@ -52,8 +52,8 @@ _SIZES = (
 class TransformerConfig:
     """Fields of the published config.json, with its defaults (the plain 1.6B SANA).
 
-    `timestep_scale` is for callers that feed plain SANA (time in [0, 1000]); the network itself does not use it.
-    Raises ValueError for sizes that do not fit together.
+    `timestep_scale` is for callers, who multiply flow time by it (1000 for a model that was trained so); the network
+    does not. Raises ValueError for sizes that do not fit together.
     """
 
     in_channels: int = 32

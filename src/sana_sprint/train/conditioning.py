@@ -13,6 +13,7 @@ from torch import Tensor
 from sana_sprint.models.text_encoder import PromptEmbeddings, PromptEncoder
 from sana_sprint.models.transformer import CaptionContext, SanaTransformer2DModel
 from sana_sprint.prompts import COMPLEX_HUMAN_INSTRUCTION
+from sana_sprint.trigflow import Velocity
 
 
 def embed(encoder: PromptEncoder, captions: Sequence[str], *, instruction: bool) -> PromptEmbeddings:
@@ -32,3 +33,14 @@ def drop_captions(mask: Tensor, dropped: Tensor) -> Tensor:
 def unconditional(transformer: SanaTransformer2DModel, embeddings: PromptEmbeddings) -> CaptionContext:
     """The empty prompt's context, one row for each of the embeddings' rows."""
     return transformer.encode_caption(embeddings.embeds[:, :1])
+
+
+def velocity_of(
+    transformer: SanaTransformer2DModel, context: CaptionContext, guidance: Tensor | None = None
+) -> Velocity:
+    """The transformer as a function of noisy latents and flow time in [0,1], told captions and guidance (B,).
+
+    A model whose time is not dense has a `timestep_scale` other than 1.
+    """
+    scale = transformer.config.timestep_scale
+    return lambda x, flow_t: transformer(x, flow_t * scale, context, guidance)

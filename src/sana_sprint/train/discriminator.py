@@ -51,7 +51,9 @@ class Discriminator(nn.Module):
         """
         angle = expand_like(t, u)
         outputs = teacher.block_outputs(
-            u / (torch.cos(angle) + torch.sin(angle)), trig_to_flow(t), context, None
+            u / (torch.cos(angle) + torch.sin(angle)),
+            trig_to_flow(t) * teacher.config.timestep_scale,
+            context,
         )
         numbered = zip(range(self.blocks[-1] + 1), outputs, strict=False)
         return [output for number, output in numbered if number in self.blocks]

@@ -13,7 +13,7 @@ from sana_sprint.models.autoencoder import AutoencoderDC
 from sana_sprint.models.text_encoder import PromptEncoder
 from sana_sprint.models.transformer import CaptionContext, SanaTransformer2DModel
 from sana_sprint.train import distributed
-from sana_sprint.train.conditioning import drop_captions, embed, unconditional
+from sana_sprint.train.conditioning import drop_captions, embed, unconditional, velocity_of
 from sana_sprint.train.config import AdaptationRun, TeacherRun
 from sana_sprint.train.data import VALIDATION_START, channels_last, open_source
 from sana_sprint.train.flow import flow_loss, guided, logit_normal_times, sample_flow
@@ -84,7 +84,7 @@ class FlowStage:
 
     def velocity(self, context: CaptionContext) -> Velocity:
         """The model, told the captions."""
-        return lambda x, flow_t: self.transformer(x, flow_t, context)
+        return velocity_of(self.transformer, context)
 
     def validate(self, folder: Path, step: int) -> Metrics:
         """Guided 20-step pictures of fixed prompts from fixed noise."""

@@ -21,7 +21,7 @@ from sana_sprint.models.transformer import CaptionContext, SanaTransformer2DMode
 from sana_sprint.sampling import SCMScheduler, sample, schedule
 from sana_sprint.train import distributed
 from sana_sprint.train.adversary import Adversary
-from sana_sprint.train.conditioning import embed, unconditional
+from sana_sprint.train.conditioning import embed, unconditional, velocity_of
 from sana_sprint.train.config import StudentRun
 from sana_sprint.train.data import VALIDATION_START, channels_last, open_source
 from sana_sprint.train.flow import guided
@@ -204,8 +204,8 @@ class StudentStage:
         """The guided teacher. Guidance is affine in the velocity, so it is the same before and after the transform."""
         empty = unconditional(self.teacher, batch.embeddings)
         velocity = guided(
-            lambda x, s: self.teacher(x, s, batch.captioned),
-            lambda x, s: self.teacher(x, s, empty),
+            velocity_of(self.teacher, batch.captioned),
+            velocity_of(self.teacher, empty),
             batch.guidance,
             projected=self.config.guidance_projected,
             limit=self.config.guidance_limit,
@@ -213,7 +213,7 @@ class StudentStage:
         return flow_denoiser(velocity)
 
     def _denoiser(self, context: CaptionContext, guidance: Tensor) -> Denoiser:
-        return flow_denoiser(lambda x, s: self.transformer(x, s, context, guidance))
+        return flow_denoiser(velocity_of(self.transformer, context, guidance))
 
 
 def sprint_index(tokenizer_class: str) -> ModelIndex:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sana_sprint.models.layers import autocast_off
 from sana_sprint.models.transformer import CaptionContext, SanaTransformer2DModel
+from sana_sprint.train.conditioning import velocity_of
 from sana_sprint.train.dual import Dual, transform
 from sana_sprint.trigflow import Denoiser, expand_like, flow_denoiser, trig_to_flow
 
@@ -89,7 +90,8 @@ def value_and_tangent(
     c, slope = 1 / (cos + sin), cos - sin
     dc, d_slope = -c * c * slope * d_angle, -(cos + sin) * d_angle
 
-    flow_t = Dual(trig_to_flow(t), dt / (torch.cos(t) + torch.sin(t)).square())
+    scale = transformer.config.timestep_scale
+    flow_t = Dual(scale * trig_to_flow(t), scale * dt / (torch.cos(t) + torch.sin(t)).square())
     v, dv = transform(transformer, Dual(c * u, dc * u + c * du), flow_t, context, guidance)
     inner = slope * u + v
     return c * inner, dc * inner + c * (d_slope * u + slope * du + dv)
@@ -153,7 +155,7 @@ WAYS = {
 def _denoiser(
     transformer: SanaTransformer2DModel, context: CaptionContext, guidance: Tensor | None
 ) -> Denoiser:
-    return flow_denoiser(lambda x, flow_t: transformer(x, flow_t, context, guidance))
+    return flow_denoiser(velocity_of(transformer, context, guidance))
 
 
 def _widened(context: CaptionContext, dtype: torch.dtype) -> CaptionContext:
