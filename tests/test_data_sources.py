@@ -74,6 +74,16 @@ def test_validation_pictures_are_never_trained_on(tmp_path: Path) -> None:
     assert not trained & shown
 
 
+def test_a_set_that_grows_keeps_its_validation_pictures() -> None:
+    class Blank(list[Any]):
+        name = str
+
+    small, large = (RecordSource(Blank([None] * n), report=print, max_bad=0) for n in (149, 20_000))
+    assert list(small.validation) == [49, 99] == list(large.validation)[:2]
+    assert list(small.training) == list(large.training)[: len(small.training)]
+    assert (len(large.validation), len(large.training)) == (128, 20_000 - 128)
+
+
 def test_an_unreadable_picture_is_replaced_named_and_told_once(write: Writer, tmp_path: Path) -> None:
     said: list[str] = []
     source = opened(
