@@ -1,0 +1,153 @@
+"""The paper's ablations in small: `python -m recipes.emoji.ablations` trains every variant and writes docs/ablations.md.
+
+Every variant is recipes/emoji/student.toml with a few values changed, of the same length, with several seeds. Finished runs are
+kept in the output folder, and a run that was stopped continues, so the command can be stopped and given again. Scores are of one
+step and, as in the paper's ablations, of two steps from pi/2 by way of 1.0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recipes.emoji.ablation_tables import BASELINE, document
+
+RECIPE = Path(__file__).with_name("student.toml")
+DOCUMENT = Path("docs/ablations.md")
+GUIDANCE = 4.5
+MIDDLE_TIME = 1.0  # of the paper's ablations
+
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A run that differs from the recipe by what `change` does to its values."""
+
+    name: str
+    change: Callable[[Values], object]
+
+
+def _without_discriminator(values: Values) -> None:
+    """With as many steps of the student: beside a discriminator only every other step is the student's."""
+    del values["discriminator"]
+    values["schedule"]["steps"] //= 2
+    values["tangent_warmup_steps"] //= 2
+
+
+VARIANTS = (
+    Variant(BASELINE, lambda values: None),
+    Variant("consistency loss only", _without_discriminator),
+    Variant("adversarial loss only", lambda values: values.update(scm_weight=0.0)),
+    Variant("one guidance scale", lambda values: values.update(guidance_scales=[GUIDANCE])),
+    Variant("weight 1 : 1", lambda values: values["discriminator"].update(weight=1.0)),
+    Variant("weight 1 : 0.1", lambda values: values["discriminator"].update(weight=0.1)),
+    Variant("max-time 0%", lambda values: values["discriminator"].update(max_time_rate=0.0)),
+    Variant("max-time 70%", lambda values: values["discriminator"].update(max_time_rate=0.7)),
+)
+
+
+def main() -> None:
+    """Trains and scores what is missing, then writes the document."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--teacher", type=Path, default=Path("runs/emoji/teacher/final"))
+    parser.add_argument("--output", type=Path, default=Path("runs/emoji/ablations"))
+    parser.add_argument("--steps", type=int, default=400, help="of each run, both players counted")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument(
+        "--count", type=int, default=600, help="number of held-out prompts, a multiple of 6 above 512"
+    )
+    parser.add_argument("--processes", type=int, default=2)
+    arguments = parser.parse_args()
+    results: dict[str, list[Values]] = {}
+    for seed in range(arguments.seeds):
+        for variant in VARIANTS:
+            scores = result(variant, seed, arguments)
+            results.setdefault(variant.name, []).append(scores)
+            print(f"{variant.name}, seed {seed}: {scores}", flush=True)
+    DOCUMENT.write_text(document(results, steps=arguments.steps, count=arguments.count), encoding="utf-8")
+    print(DOCUMENT)
+
+
+def run_values(variant: Variant, seed: int, teacher: Path, output: Path, steps: int) -> Values:
+    """What the variant's stage file says."""
+    values = copy.deepcopy(tomllib.loads(RECIPE.read_text(encoding="utf-8")))
+    values.update(stage="student", seed=seed, teacher=str(teacher), output=str(output))
+    values["tangent_warmup_steps"] = min(values["tangent_warmup_steps"], steps // 4)
+    values["schedule"].update(steps=steps, sample_every=steps, save_every=max(1, steps // 4))
+    variant.change(values)
+    return values
+
+
+def result(variant: Variant, seed: int, arguments: argparse.Namespace) -> Values:
+    """The variant's scores: from disk, or by training and scoring it."""
+    letters = "".join(letter if letter.isalnum() else "-" for letter in variant.name)
+    folder = arguments.output / f"{letters}-{arguments.steps}-{seed}"
+    scores = folder / "scores.json"
+    if not scores.is_file():
+        values = run_values(variant, seed, arguments.teacher.resolve(), folder, arguments.steps)
+        _train(values, folder, arguments.processes)
+        scores.write_text(json.dumps(_score(folder, arguments.count)), encoding="utf-8")
+    found: Values = json.loads(scores.read_text(encoding="utf-8"))
+    return found
+
+
+def _train(values: Values, folder: Path, processes: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    stage = folder / "stage.toml"
+    stage.write_text(to_toml(values), encoding="utf-8")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    subprocess.run([sys.executable, *launch, "-m", "sana_sprint", "train", str(stage)], check=True)
+
+
+def to_toml(values: Values, prefix: str = "") -> str:
+    """Nested values as TOML; JSON writes strings, numbers, booleans and lists of them the same way."""
+    lines = [f"{key} = {json.dumps(value)}" for key, value in values.items() if not isinstance(value, dict)]
+    for key, value in values.items():
+        if isinstance(value, dict):
+            lines += ["", f"[{prefix}{key}]", to_toml(value, f"{prefix}{key}.")]
+    return "\n".join(lines)
+
+
+def _score(folder: Path, count: int) -> Values:
+    """The judge's overall score and the Frechet distance at one and two steps; the gradient's median size in training."""
+    import numpy as np
+    import torch
+
+    from recipes.emoji.judge import evaluation_scenes, judge_many, summarize
+    from recipes.emoji.scenes import SIZE, render, sample_scene
+    from sana_sprint import SanaSprintPipeline
+    from sana_sprint.evaluate.features import dcae_features, features_of
+    from sana_sprint.evaluate.frechet import distance, fit
+
+    pipeline = SanaSprintPipeline.from_pretrained(folder / "final", torch_dtype=torch.bfloat16)
+    pipeline.set_progress_bar_config(disable=True)
+    scenes = evaluation_scenes(count)
+    extract = dcae_features(pipeline.vae)
+    real = fit(features_of([render(sample_scene(i)) for i in range(4 * count)], extract, size=SIZE))
+    scores: Values = {}
+    for steps, times in ((1, {}), (2, {"max_timesteps": 1.5708, "intermediate_timesteps": MIDDLE_TIME})):
+        pictures = []
+        for start in range(0, count, 50):
+            captions = [scene.caption for scene in scenes[start : start + 50]]
+            seeds = list(range(start, start + len(captions)))
+            pictures += pipeline(
+                captions, num_inference_steps=steps, guidance_scale=GUIDANCE, seed=seeds, **times
+            ).images
+        scores[f"judge{steps}"] = summarize(judge_many(pictures, scenes), scenes)["overall"]
+        scores[f"fid{steps}"] = distance(fit(features_of(pictures, extract, size=SIZE)), real)
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    scores["grad_norm"] = float(np.median([entry["grad_norm"] for entry in log if "grad_norm" in entry]))
+    return scores
+
+
+if __name__ == "__main__":
+    main()
