@@ -215,7 +215,9 @@ class Toy:
         )
         self.players: Mapping[str, nn.Module] = {"student": self.student}
         if len(run.optimizers) == 2:
-            self.players = {**self.players, "discriminator": nn.Linear(6, 1)}
+            # Its vectors move with every forward pass, as those of the real one's heads.
+            judge = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 1))
+            self.players = {**self.players, "discriminator": judge}
         self.data = torch.randn(10, 6, generator=torch.Generator().manual_seed(1))
 
     def player(self, step: int) -> str:

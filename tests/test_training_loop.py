@@ -86,7 +86,7 @@ def test_the_players_alternate_and_learn_with_their_own_optimizers(tmp_path: Pat
     assert [player for player, _ in toy.seen] == ["student", "discriminator"] * 2 + ["student"]
     state = saved(tmp_path)
     assert ".players.student.optimizer.0.weight.exp_avg" in state
-    assert ".players.discriminator.optimizer.weight.square_rows" in state
+    assert ".players.discriminator.optimizer.parametrizations.weight.original.square_rows" in state
     assert state[".players.student.optimizer.0.weight.step"] == 3  # Adam counts its own steps
 
 

@@ -139,7 +139,12 @@ class Learner:
     def _gradients(self, step: int) -> tuple[float, Metrics]:
         """Runs this process's parts of the step; returns their mean loss and mean metrics."""
         losses, found = [], dict[str, list[float]]()
+        buffers = [buffer for player in self.players.values() for buffer in player.module.buffers()]
+        before = [buffer.clone() for buffer in buffers]
         for number, part in own_parts(step, self.config):
+            # Each part finds the buffers (spectral norms' vectors, say) as it would in a process of its own.
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
             torch.manual_seed((self.config.seed * 1_000_003 + step) * 1_009 + number)
             loss, metrics = self.stage.loss(part)
             (loss / self.config.schedule.accumulation).backward()  # type: ignore[no-untyped-call]  # torch has no annotation for it
