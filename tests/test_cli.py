@@ -89,7 +89,7 @@ def test_help_of_every_command(command):
     [
         ("genrate", "hint: did you mean `sana-sprint generate`?"),
         ("two cats", 'hint: to draw that, run `sana-sprint generate "two cats"`'),
-        ("xyz", "hint: the commands are generate, demo, info, train"),
+        ("xyz", f"hint: the commands are {', '.join(COMMANDS)}"),
     ],
 )
 def test_unknown_command_gets_the_right_hint(name, hint):

@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 from sana_sprint import __version__
 from sana_sprint.cli.common import report_errors
 
-COMMANDS = ("generate", "demo", "info", "train", "data", "export")  # module and function of the same name
+COMMANDS = ("generate", "demo", "info", "train", "data", "evaluate", "export")  # modules and names in them
 CONTEXT = {"help_option_names": ["-h", "--help"]}
 
 
@@ -28,6 +28,8 @@ class _Commands(TyperGroup):
         if cmd_name not in COMMANDS:
             return None
         function = getattr(import_module(f"{__name__}.{cmd_name}"), cmd_name)
+        if isinstance(function, typer.Typer):  # a command with commands of its own
+            return typer.main.get_group(function)
         single = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
         single.command(cmd_name, context_settings=CONTEXT)(function)
         return typer.main.get_command(single)

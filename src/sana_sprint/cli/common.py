@@ -22,6 +22,7 @@ EXTRAS = {
     "bitsandbytes": "train",
     "bs4": "caption",
     "ftfy": "caption",
+    "open_clip": "evaluate",
     "pyarrow": "train",
     "tensorboard": "train",
 }

@@ -1,0 +1,1 @@
+"""Distillation in the plane, where the exact answer is known."""

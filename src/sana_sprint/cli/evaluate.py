@@ -1,0 +1,203 @@
+"""`sana-sprint evaluate`: scores of a model or of pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sana_sprint.cli import options
+from sana_sprint.cli.common import UsageError, checked
+from sana_sprint.cli.drawing import progress_bar
+from sana_sprint.cli.loading import ModelOptions, choose_device, load_pipeline
+
+if TYPE_CHECKING:
+    from sana_sprint.evaluate.features import Extractor
+
+evaluate = typer.Typer(
+    help="Score a model or pictures.", rich_markup_mode=None, add_completion=False, no_args_is_help=True
+)
+
+
+class Space(StrEnum):
+    """Feature spaces of the Frechet distance."""
+
+    DCAE = "dcae"
+    INCEPTION = "inception"
+
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
+Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Pictures, at any depth.")]
+
+
+@evaluate.command()
+def compositional(
+    model: options.Model = "emoji",
+    judge: Annotated[
+        str, typer.Option(metavar="MODULE", help="The judge; looked for in the current folder too.")
+    ] = "recipes.emoji.judge",
+    steps: Annotated[
+        list[int] | None,
+        typer.Option(help="Network evaluations; may be given several times. 1, 2 and 4 if left out."),
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Held-out scenes.")] = 300,
+    guidance: Annotated[
+        float | None, typer.Option("--guidance", "-g", help="The pipeline's own if left out.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", "-s", min=0, help="Picture i has seed + i.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Write sheets of pictures and all verdicts there.")
+    ] = None,
+    dtype: options.DtypeOption = options.Dtype.AUTO,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+) -> None:
+    """Draw a judge's held-out scenes, and tell how many pictures are what their captions say.
+
+    Example: sana-sprint evaluate compositional --model runs/emoji/student/final --steps 1 --steps 2 --out scores/
+    """
+    from sana_sprint.sampling import schedule
+
+    numbers = steps or [1, 2, 4]
+    checked(lambda: [schedule(number) for number in numbers], hint="1 to 4 steps are best")
+    sys.path.insert(0, os.getcwd())  # as `python script.py` has it: a judge is a module of the user's
+
+    from sana_sprint.evaluate.compositional import draw, import_judge, score, table
+
+    jury = checked(lambda: import_judge(judge), hint="give a module's dotted name that imports from here")
+    scenes = jury.evaluation_scenes(count)
+    pipeline = load_pipeline(ModelOptions(model, dtype, device))
+    rows: dict[str, dict[str, float]] = {}
+    with progress_bar() as bar:
+        task = bar.add_task("drawing", total=len(scenes) * len(numbers))
+        for number in numbers:
+            pictures = draw(
+                pipeline,
+                [scene.caption for scene in scenes],
+                num_steps=number,
+                guidance=guidance,
+                first_seed=seed,
+                on_progress=lambda done: bar.advance(task, done),
+            )
+            name = f"{number}-step{'s' * (number > 1)}"
+            rows[name] = score(jury, pictures, scenes, name=name, folder=out)
+    settings = {"model": model, "judge": judge, "count": len(scenes), "guidance": guidance, "seed": seed}
+    typer.echo(json.dumps({**settings, "scores": rows}) if as_json else table(rows))
+
+
+@evaluate.command()
+def fid(
+    one: Folder,
+    other: Folder,
+    features: Annotated[
+        Space,
+        typer.Option(
+            help="dcae: a DC-AE's own features. inception: those of published FIDs; needs --weights."
+        ),
+    ] = Space.DCAE,
+    model: options.Model = "emoji",
+    weights: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="inception-2015-12-05.pt, the TorchScript file.")
+    ] = None,
+    size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Side in pixels that pictures are resized to for dcae; the model's own if left out."
+        ),
+    ] = None,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+) -> None:
+    """The Frechet distance between two folders of pictures; 0 for equal sets.
+
+    Needs more pictures than features on both sides: over 512 for dcae with the embedded model, over 2048 for inception.
+    """
+    from sana_sprint.evaluate.features import features_of
+    from sana_sprint.evaluate.frechet import distance, fit
+
+    folders = [_pictures(one), _pictures(other)]
+    extract, side = _extractor(features, model, weights, size, choose_device(device))
+    with progress_bar() as bar:
+        task = bar.add_task("reading", total=sum(map(len, folders)))
+        gaussians = [
+            fit(features_of(files, extract, size=side, on_progress=lambda done: bar.advance(task, done)))
+            for files in folders
+        ]
+    result = {
+        "fid": distance(*gaussians),
+        "features": features.value,
+        "size": side,
+        "dimensions": len(gaussians[0].mean),
+        "pictures": [len(files) for files in folders],
+    }
+    typer.echo(
+        json.dumps(result) if as_json else f"{result['fid']:.4g}\t{features.value} features at {side} px"
+    )
+
+
+@evaluate.command()
+def clip(
+    folder: Folder,
+    model: Annotated[str, typer.Option(help="An open_clip architecture.")] = "ViT-L-14",
+    weights: Annotated[
+        str, typer.Option(metavar="FILE|TAG", help="A file, or an open_clip tag, which is downloaded.")
+    ] = "openai",
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+) -> None:
+    """Mean agreement of pictures with their captions by CLIP, 0 to 100.
+
+    A picture's caption is the .txt file beside it, or else the prompt that is kept inside its PNG file.
+    """
+    from sana_sprint.evaluate.captions import caption_of, clip_scorer
+
+    files = _pictures(folder)
+    captions = [caption_of(file) for file in files]
+    scores = clip_scorer(model, weights, device=choose_device(device))(files, captions)
+    mean = sum(scores) / len(scores)
+    result = {"clip": mean, "model": model, "weights": weights, "pictures": len(files)}
+    typer.echo(
+        json.dumps(result) if as_json else f"{mean:.3f}\tCLIP {model} ({weights}), {len(files)} pictures"
+    )
+
+
+def _pictures(folder: Path) -> list[Path]:
+    """Raises UsageError if there are none."""
+    if not folder.is_dir():
+        raise UsageError(f"not a folder: {folder}", hint="name folders of pictures")
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
+    if not files:
+        raise UsageError(f"no pictures in {folder}", hint=f"pictures end in {', '.join(PICTURES)}")
+    return files
+
+
+def _extractor(
+    space: Space, model: str, weights: Path | None, size: int | None, device: str
+) -> tuple[Extractor, int]:
+    """The features, and the side of the pictures that they are computed from."""
+    from sana_sprint.evaluate.features import INCEPTION_SIZE, dcae_features, inception_features
+
+    if space is Space.INCEPTION:
+        if weights is None or size is not None:
+            hint = f"name the network's file with --weights; its pictures have {INCEPTION_SIZE} pixels a side"
+            raise UsageError("inception features need --weights and have no --size", hint=hint)
+        return inception_features(weights, device=device), INCEPTION_SIZE
+    if weights is not None:
+        raise UsageError("--weights is for inception features", hint="add --features inception")
+    from sana_sprint.models.autoencoder import AutoencoderDC
+    from sana_sprint.weights import load_model, resolve_folder
+    from sana_sprint.weights.files import read_json
+
+    folder = resolve_folder(model)
+    autoencoder = load_model(AutoencoderDC, folder / "vae", device=device)
+    ratio = autoencoder.spatial_compression_ratio
+    side = size or ratio * int(read_json(folder / "transformer" / "config.json")["sample_size"])
+    if side % ratio:
+        raise UsageError(f"--size must be a multiple of {ratio}, got: {side}", hint="or leave it out")
+    return dcae_features(autoencoder), side
