@@ -16,7 +16,7 @@ from sana_sprint.cli.common import CommandError, checked
 
 if TYPE_CHECKING:
     from sana_sprint.train.config import AnyRun
-    from sana_sprint.train.loop import Report, Stage
+    from sana_sprint.train.stage import Report, Stage
 
 
 def train(

@@ -21,7 +21,7 @@ NUM_VALIDATION = 128
 
 
 class AutoencoderStage:
-    """See `loop.Stage`."""
+    """See `stage.Stage`."""
 
     def __init__(self, config: AutoencoderRun, *, report: Report) -> None:
         torch.manual_seed(config.seed)

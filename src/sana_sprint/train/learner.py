@@ -143,8 +143,8 @@ class Learner:
         before = [buffer.clone() for buffer in buffers]
         for number, part in own_parts(step, self.config):
             # Each part finds the buffers (spectral norms' vectors, say) as it would in a process of its own.
-            for buffer, value in zip(buffers, before, strict=True):
-                buffer.copy_(value)
+            for buffer, original in zip(buffers, before, strict=True):
+                buffer.copy_(original)
             torch.manual_seed((self.config.seed * 1_000_003 + step) * 1_009 + number)
             loss, metrics = self.stage.loss(part)
             (loss / self.config.schedule.accumulation).backward()  # type: ignore[no-untyped-call]  # torch has no annotation for it

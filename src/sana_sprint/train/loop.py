@@ -17,9 +17,7 @@ from sana_sprint.train.checkpoint import find_checkpoint, load_checkpoint, save_
 from sana_sprint.train.config import AnyRun
 from sana_sprint.train.journal import Journal
 from sana_sprint.train.learner import Learner
-from sana_sprint.train.stage import Metrics, Part, Report, Stage, autocast
-
-__all__ = ["Metrics", "Part", "Report", "Stage", "autocast", "run"]
+from sana_sprint.train.stage import Report, Stage
 
 
 def run(

@@ -55,7 +55,7 @@ class _Batch:
 
 
 class StudentStage:
-    """See `loop.Stage`. The student starts equal to its teacher."""
+    """See `stage.Stage`. The student starts equal to its teacher."""
 
     def __init__(self, config: StudentRun, *, report: Report) -> None:
         torch.manual_seed(config.seed)
