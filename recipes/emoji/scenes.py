@@ -101,7 +101,9 @@ def sample_scene(seed: int, *, held_out: bool = False, task: str | None = None) 
 
 def describe(scene: Scene, rng: random.Random) -> str:
     """Another caption that is true of the scene: other words, the other order, its background named or not."""
-    kinds = list(dict.fromkeys(placed.kind for placed in scene.objects))  # from left to right, or from the top
+    kinds = list(
+        dict.fromkeys(placed.kind for placed in scene.objects)
+    )  # from left to right, or from the top
     relation = scene.relation
     if len(kinds) == 2 and rng.random() < 0.5:
         kinds.reverse()
@@ -226,4 +228,7 @@ def training_scene(index: int) -> tuple[np.ndarray, tuple[str, ...]]:
     """Text-to-picture sample `index`: (uint8 (SIZE, SIZE, 3), captions), from the training split."""
     scene = sample_scene(index)
     rng = random.Random(f"captions-{index}")
-    return np.asarray(render(scene)), (scene.caption, *(describe(scene, rng) for _ in range(NUM_CAPTIONS - 1)))
+    return np.asarray(render(scene)), (
+        scene.caption,
+        *(describe(scene, rng) for _ in range(NUM_CAPTIONS - 1)),
+    )

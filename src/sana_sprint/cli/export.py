@@ -33,7 +33,7 @@ def export(
     if target.suffix == SINGLE_FILE:
         _export_component(model, target, component, wanted)
     else:
-        from sana_sprint import SanaSprintPipeline
+        from sana_sprint.pipelines.text_to_image import SanaSprintPipeline
 
         SanaSprintPipeline.from_pretrained(model, torch_dtype=wanted).save_pretrained(target)
     typer.echo(target)
