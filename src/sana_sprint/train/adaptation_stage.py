@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+from functools import partial
+
 import torch
 
 from sana_sprint.models.text_encoder import PromptEncoder, load_text_encoder, load_tokenizer
 from sana_sprint.models.transformer import SanaTransformer2DModel
 from sana_sprint.train.adaptation import densify_time, with_qk_norm
-from sana_sprint.train.conditioning import embed
+from sana_sprint.train.conditioning import embed, frozen_embed
 from sana_sprint.train.config import AdaptationRun
 from sana_sprint.train.flow import logit_normal_times
 from sana_sprint.train.flow_stage import FlowStage
@@ -25,6 +28,15 @@ class AdaptationStage(FlowStage):
         super().__init__(config, folder / "vae", report=report)
         text_encoder = load_text_encoder(folder / "text_encoder", device=self.device).requires_grad_(False)
         self.encoder = PromptEncoder(load_tokenizer(folder / "tokenizer"), text_encoder)
+        self.embed = partial(embed, self.encoder)
+        if config.cache_text:
+            self.embed = frozen_embed(
+                self.encoder,
+                itertools.chain(*self.cache.captions),
+                config.output.parent,
+                instruction_rate=config.instruction_rate,
+                report=report,
+            )
         old = load_model(SanaTransformer2DModel, folder / "transformer", dtype=torch.float32).to(self.device)
         self.old_time_scale = config.old_time_scale
         self.transformer = with_qk_norm(old, self._evaluate).train()

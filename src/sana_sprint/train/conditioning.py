@@ -6,13 +6,16 @@ but bos therefore is the empty prompt, exactly, and needs no pass of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor
 
 from sana_sprint.models.text_encoder import PromptEmbeddings, PromptEncoder
 from sana_sprint.models.transformer import CaptionContext, SanaTransformer2DModel
 from sana_sprint.prompts import COMPLEX_HUMAN_INSTRUCTION
+from sana_sprint.train.embeddings import cached_embeddings
 from sana_sprint.trigflow import Velocity
 
 
@@ -21,6 +24,36 @@ def embed(encoder: PromptEncoder, captions: Sequence[str], *, instruction: bool)
     return encoder.encode(
         captions, complex_human_instruction=COMPLEX_HUMAN_INSTRUCTION if instruction else None
     )
+
+
+class Embed(Protocol):
+    """Embeddings of captions, with or without the complex human instruction in front."""
+
+    def __call__(self, captions: Sequence[str], *, instruction: bool) -> PromptEmbeddings: ...
+
+
+def frozen_embed(
+    encoder: PromptEncoder,
+    captions: Iterable[str],
+    folder: Path,
+    *,
+    instruction_rate: float,
+    report: Callable[[str], None],
+) -> Embed:
+    """As `embed` of an encoder that does not learn, from caches of all captions in the folder (`cached_embeddings`)."""
+    wanted = [kind for kind, rate in ((True, instruction_rate), (False, 1 - instruction_rate)) if rate > 0]
+    texts = list(captions)
+    caches = {
+        kind: cached_embeddings(
+            folder, texts, encoder, instruction=COMPLEX_HUMAN_INSTRUCTION if kind else None, report=report
+        )
+        for kind in wanted
+    }
+
+    def look_up(captions: Sequence[str], *, instruction: bool) -> PromptEmbeddings:
+        return caches[instruction].encode(captions)
+
+    return look_up
 
 
 def drop_captions(mask: Tensor, dropped: Tensor) -> Tensor:

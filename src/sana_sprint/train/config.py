@@ -159,6 +159,8 @@ class AdaptationRun(_FlowRun):
     teacher: Path
     # What the old transformer's time is multiplied by, relative to flow time in [0,1]; 1: its time is dense already.
     old_time_scale: float = Field(default=1000.0, ge=1)
+    # Encode all captions once and keep them on disk, rather than at every visit.
+    cache_text: bool = False
 
 
 class DiscriminatorConfig(_Section):
@@ -188,6 +190,8 @@ class StudentRun(_Run):
     # Recompute each block's activations in the backward pass instead of keeping them.
     gradient_checkpointing: bool = False
     teacher: Path
+    # Encode all captions once and keep them on disk, rather than at every visit.
+    cache_text: bool = False
     # Factor of the consistency loss; 0 leaves it out.
     scm_weight: float = Field(default=1.0, ge=0)
     discriminator: DiscriminatorConfig | None = None

@@ -13,7 +13,7 @@ from sana_sprint.models.autoencoder import AutoencoderDC
 from sana_sprint.models.text_encoder import PromptEncoder
 from sana_sprint.models.transformer import CaptionContext, SanaTransformer2DModel
 from sana_sprint.train import distributed
-from sana_sprint.train.conditioning import drop_captions, embed, unconditional, velocity_of
+from sana_sprint.train.conditioning import Embed, drop_captions, embed, unconditional, velocity_of
 from sana_sprint.train.config import AdaptationRun, TeacherRun
 from sana_sprint.train.data import VALIDATION_START, channels_last, open_source
 from sana_sprint.train.flow import flow_loss, guided, logit_normal_times, sample_flow
@@ -28,7 +28,7 @@ NUM_VALIDATION_CAPTIONS = 16
 
 
 class FlowStage:
-    """See `stage.Stage`. Subclasses set `transformer`, `encoder` and `players`. The latents' cache lies beside the output.
+    """See `stage.Stage`. Subclasses set the attributes below. The latents' cache lies beside the output.
 
     Args:
         config: the run.
@@ -38,6 +38,7 @@ class FlowStage:
 
     transformer: SanaTransformer2DModel
     encoder: PromptEncoder
+    embed: Embed
     players: dict[str, nn.Module]
 
     def __init__(self, config: TeacherRun | AdaptationRun, autoencoder: Path, *, report: Report) -> None:
@@ -74,7 +75,7 @@ class FlowStage:
         flow_t = logit_normal_times(len(u0), mean=self.config.time_mean, std=self.config.time_std)
         instruction = float(torch.rand(())) < self.config.instruction_rate
         with autocast(self.config):
-            embeddings = embed(self.encoder, captions, instruction=instruction)
+            embeddings = self.embed(captions, instruction=instruction)
             dropped = torch.rand(len(u0), device=self.device) < self.config.caption_dropout
             context = self.transformer.encode_caption(
                 embeddings.embeds, drop_captions(embeddings.mask, dropped)

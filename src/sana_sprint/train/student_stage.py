@@ -5,10 +5,12 @@ Algorithm 2 of SANA-Sprint (arXiv 2503.09641). The student learns on even steps,
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +23,7 @@ from sana_sprint.models.transformer import CaptionContext, SanaTransformer2DMode
 from sana_sprint.sampling import SCMScheduler, sample, schedule
 from sana_sprint.train import distributed
 from sana_sprint.train.adversary import Adversary
-from sana_sprint.train.conditioning import embed, unconditional, velocity_of
+from sana_sprint.train.conditioning import Embed, embed, frozen_embed, unconditional, velocity_of
 from sana_sprint.train.config import StudentRun
 from sana_sprint.train.data import VALIDATION_START, channels_last, open_source
 from sana_sprint.train.flow import guided
@@ -77,6 +79,15 @@ class StudentStage:
             size=config.data.size,
             max_bad=config.data.max_bad_fraction,
         )
+        self.embed: Embed = partial(embed, self.encoder)
+        if config.cache_text:
+            self.embed = frozen_embed(
+                self.encoder,
+                itertools.chain(*self.cache.captions),
+                config.output.parent,
+                instruction_rate=config.instruction_rate,
+                report=report,
+            )
         self.transformer = with_guidance(self.teacher).to(self.device)
         self.transformer.gradient_checkpointing = config.gradient_checkpointing
         for model in (self.teacher, self.transformer):
@@ -196,7 +207,7 @@ class StudentStage:
         scales = torch.tensor(self.config.guidance_scales)
         guidance = scales[torch.randint(len(scales), (len(u0),))].to(self.device)
         instruction = float(torch.rand(())) < self.config.instruction_rate
-        embeddings = embed(self.encoder, captions, instruction=instruction)
+        embeddings = self.embed(captions, instruction=instruction)
         captioned = self.teacher.encode_caption(embeddings.embeds, embeddings.mask)
         return _Batch(u0, embeddings, guidance, captioned)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -9,6 +10,7 @@ from torch import nn
 from sana_sprint.models.text_encoder import PromptEncoder, load_tokenizer
 from sana_sprint.models.transformer import SanaTransformer2DModel, TransformerConfig
 from sana_sprint.train import distributed
+from sana_sprint.train.conditioning import embed
 from sana_sprint.train.config import TeacherRun
 from sana_sprint.train.flow_stage import FlowStage
 from sana_sprint.train.stage import Report
@@ -28,6 +30,7 @@ class TeacherStage(FlowStage):
         tokenizer = self._tokenizer(config)
         text_encoder = make_text_encoder(len(tokenizer), config.text_encoder)
         self.encoder = PromptEncoder(tokenizer, text_encoder)
+        self.embed = partial(embed, self.encoder)
         self.transformer = SanaTransformer2DModel(TransformerConfig.from_dict(config.model))
         self.transformer.gradient_checkpointing = config.gradient_checkpointing
         _initialise(self.transformer)
