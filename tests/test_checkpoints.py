@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from _training import Toy, assert_same, parse, saved, silent, toy_run, train_toy
+from _toy_stage import Toy, assert_same, saved, toy_run, train_toy
+from _training import parse, silent
 
 from sana_sprint.train import loop
 from sana_sprint.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from _toy_stage import assert_same
 from _training import (
     adaptation_run,
-    assert_same,
     autoencoder_run,
     hybrid_run,
     make,

@@ -7,18 +7,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from _training import (
-    FIELDS_READ,
-    Toy,
-    adaptation_run,
-    chain,
-    parse,
-    reads,
-    silent,
-    student_run,
-    toy_run,
-    train,
-)
+from _toy_stage import Toy, toy_run
+from _training import FIELDS_READ, adaptation_run, chain, parse, reads, silent, student_run, train
 
 from sana_sprint.train import config, loop
 from sana_sprint.train.config import load_config

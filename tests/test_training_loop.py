@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from _training import Toy, assert_same, in_processes, parse, saved, silent, toy_run, train_toy
+from _toy_stage import Toy, assert_same, in_processes, saved, toy_run, train_toy
+from _training import parse, silent
 from torch import Tensor
 
 from sana_sprint.train import distributed, learner, loop
+from sana_sprint.train.checkpoint import checkpoints
 from sana_sprint.train.learner import own_parts
 from sana_sprint.train.stage import Metrics, Part
 
@@ -43,8 +45,10 @@ def test_two_processes_are_two_parts_of_one(tmp_path: Path) -> None:
     together = toy_run(tmp_path / "together", **{"optimizer.name": "muon"})
     sharded = toy_run(tmp_path / "sharded", **{"optimizer.name": "muon", "distribution": "shard"})
     train_toy(plain)
-    done = in_processes([together, sharded], processes=2)
+    done = in_processes([together, sharded], processes=2, stopped=toy_run(tmp_path / "stopped"))
     assert done.returncode == 0, done.stderr
+    # What one process was told, both did: after one step.
+    assert [path.name for path in checkpoints(tmp_path / "stopped")] == ["checkpoint-00000001.pt"]
     assert_same(tmp_path / "alone", tmp_path / "together")
     assert_same(tmp_path / "alone", tmp_path / "sharded")
     alone, exported = (
@@ -188,8 +192,11 @@ def test_a_run_told_to_stop_saves_and_continues_exactly(tmp_path: Path) -> None:
     assert not loop.run(Toy(run), run, report=lines.append, should_stop=lambda: next(answers))
     assert lines[-1] == "stopped at step 3, and saved"
     assert not (tmp_path / "stopped" / "final").exists()
+    with (tmp_path / "stopped" / "log.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')  # what a crash may leave
     train_toy(values)
     assert_same(tmp_path / "whole", tmp_path / "stopped")
+    assert [entry["step"] for entry in entries(tmp_path / "stopped")] == [0, 2, 4, 6, 6]
 
 
 def test_tensorboard_gets_what_the_log_gets(tmp_path: Path) -> None:
