@@ -258,6 +258,11 @@ def test_wrong_calls_are_explained(arguments, words, tmp_path, monkeypatch) -> N
     assert_refused(result, 1 if arguments[0] == "clip" else 2, *words)
 
 
+def test_without_a_command_it_says_what_there_is() -> None:
+    assert succeed("evaluate") == succeed("evaluate", "--help")
+    assert all(f"  {name} " in succeed("evaluate") for name in ("compositional", "fid", "clip"))
+
+
 # ----- CLIP -----------------------------------------------------------------------------------------------------------
 
 

@@ -19,9 +19,14 @@ from sana_sprint.cli.loading import ModelOptions, choose_device, load_pipeline
 if TYPE_CHECKING:
     from sana_sprint.evaluate.features import Extractor
 
-evaluate = typer.Typer(
-    help="Score a model or pictures.", rich_markup_mode=None, add_completion=False, no_args_is_help=True
-)
+evaluate = typer.Typer(rich_markup_mode=None, add_completion=False)
+
+
+@evaluate.callback(invoke_without_command=True)
+def _root(ctx: typer.Context) -> None:
+    """Score a model or pictures."""
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
 
 
 class Space(StrEnum):
@@ -58,7 +63,9 @@ def compositional(
     device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> None:
-    """Draw a judge's held-out scenes, and tell how many pictures are what their captions say.
+    """How many pictures a judge finds right.
+
+    Draws the judge's held-out scenes, and tells how many of the pictures are what their captions say.
 
     Example: sana-sprint evaluate compositional --model runs/emoji/student/final --steps 1 --steps 2 --out scores/
     """
@@ -114,9 +121,9 @@ def fid(
     device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> None:
-    """The Frechet distance between two folders of pictures; 0 for equal sets.
+    """Frechet distance of two sets of pictures.
 
-    Needs more pictures than features on both sides: over 512 for dcae with the embedded model, over 2048 for inception.
+    0 for equal sets. Needs more pictures than features on both sides: over 512 for dcae with the embedded model, over 2048 for inception.
     """
     from sana_sprint.evaluate.features import features_of
     from sana_sprint.evaluate.frechet import distance, fit
@@ -151,8 +158,9 @@ def clip(
     device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> None:
-    """Mean agreement of pictures with their captions by CLIP, 0 to 100.
+    """Agreement of pictures with captions.
 
+    The mean CLIP score, 100 times the cosine.
     A picture's caption is the .txt file beside it, or else the prompt that is kept inside its PNG file.
     """
     from sana_sprint.evaluate.captions import caption_of, clip_scorer

@@ -17,6 +17,8 @@ from sana_sprint.images import grid
 from sana_sprint.pipelines.text_to_image import SanaSprintPipeline
 
 SHEET_PICTURES, SHEET_COLUMNS = 96, 12
+# Pictures are drawn together as long as they need no more memory than one of 1024 px.
+PIXELS_PER_CALL, MAX_PICTURES_PER_CALL = 2**20, 50
 
 
 class Scene(Protocol):
@@ -63,10 +65,22 @@ def draw(
     num_steps: int,
     guidance: float | None = None,
     first_seed: int = 0,
-    batch: int = 50,
+    batch: int | None = None,
     on_progress: Callable[[int], None] = lambda count: None,
 ) -> list[Image.Image]:
-    """One picture for each caption, seeds first_seed, first_seed + 1, ...; `guidance` None is the pipeline's own."""
+    """One picture of the model's own size for each caption.
+
+    Args:
+        pipeline: draws.
+        captions: what to draw.
+        num_steps: network evaluations.
+        guidance: of every picture; None is the pipeline's own.
+        first_seed: picture i has first_seed + i.
+        batch: pictures per call of the pipeline; None chooses by their size.
+        on_progress: called after each call with the number of its pictures.
+    """
+    side: int = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
+    batch = batch or max(1, min(MAX_PICTURES_PER_CALL, PIXELS_PER_CALL // side**2))
     settings: dict[str, Any] = {} if guidance is None else {"guidance_scale": guidance}
     pictures: list[Image.Image] = []
     for start in range(0, len(captions), batch):
