@@ -55,14 +55,14 @@ def test_sliced_distance_of_a_shift_and_of_a_scaling() -> None:
 
 def test_one_step_samples_reach_the_data() -> None:
     got = measure(distil())
-    # Runs give 0.08 to 0.11, where two sets of data are 0.05 apart and the teacher's own single step 1.4.
-    assert got.one_step < 0.15
-    assert got.two_steps < 0.15
+    # Four seeds gave 0.07 to 0.08, where two sets of data are 0.05 apart and the teacher's own single step 1.4.
+    assert got.one_step < 0.12
+    assert got.two_steps < 0.12
     assert got.floor < 0.06
     assert got.teacher > 1.2
-    # The same noise ends where the teacher's path ends, within 0.12 to 0.16: spots are 0.3 wide and 1.6 apart.
-    assert got.error < 0.22
-    assert got.error_midway < 0.22
+    # The same noise ends where the teacher's path ends, within 0.11 to 0.12: spots are 0.3 wide and 1.6 apart.
+    assert got.error < 0.18
+    assert got.error_midway < 0.18
 
 
 def _flipped_tangent(F, teacher_F, tangent, u, t, *, tangent_weight):
@@ -82,6 +82,6 @@ def _without_u(F, teacher_F, tangent, u, t, *, tangent_weight):
     ],
 )
 def test_only_the_whole_loss_leads_there(target, reaches) -> None:
-    """A part of the training is enough to tell: the whole loss is near by then, and each broken one far off."""
+    """A part of the training is enough to tell: the whole loss is at 0.30 to 0.36 by then, each broken one at 1.4 or more."""
     got = measure(distil(num_steps=400, target=target), count=1000)
     assert (got.error < 0.5) == reaches  # a NaN, where a broken loss may end, is not below anything

@@ -124,6 +124,7 @@ def fid(
     """Frechet distance of two sets of pictures.
 
     0 for equal sets. Needs more pictures than features on both sides: over 512 for dcae with the embedded model, over 2048 for inception.
+    Fewer pictures give greater distances, so compare only what was measured with as many.
     """
     from sana_sprint.evaluate.features import features_of
     from sana_sprint.evaluate.frechet import distance, fit
