@@ -1,6 +1,6 @@
 """What dF/dt costs, in forward passes: `python benchmarks/tangent.py`.
 
-Times a plain forward pass (fused attention, no gradient) and the three kinds of `train/tangent.py` in turn, over and
+Times a plain forward pass (no gradient) and the three kinds of `train/tangent.py` in turn, over and
 over, on random weights of two shapes: the embedded model's, and some blocks of the published 0.6B model's. Beside the
 times stands each tangent's error: its relative distance from the tangent of the same weights in fp64, in the norm.
 
@@ -87,6 +87,10 @@ def measure(shape: str, arguments: argparse.Namespace) -> dict[str, dict[str, fl
     for parameter in transformer.parameters():
         if parameter.ndim > 1:  # of fan-in scale, so that F depends on every layer
             parameter.normal_(0, parameter[0].numel() ** -0.5)
+    transformer.set_fused_attention(False)  # as the student stage does on a CPU, where it is faster
+    torch.empty(
+        31 * 2**18
+    )  # 31 MiB: from now on glibc keeps freed blocks of that size, as it does in training
     mask = torch.arange(tokens) < torch.randint(tokens // 4, tokens, (batch, 1))
     context = transformer.encode_caption(
         torch.randn(batch, tokens, transformer.config.caption_channels), mask
