@@ -16,8 +16,9 @@ from sana_sprint.train import loop
 from sana_sprint.train.autoencoder_stage import AutoencoderStage
 from sana_sprint.train.config import RunConfig, StudentRun
 from sana_sprint.train.learner import Learner
+from sana_sprint.train.losses import prior_weight
 from sana_sprint.train.stage import Part
-from sana_sprint.train.student import with_guidance
+from sana_sprint.train.student import Student, with_guidance
 from sana_sprint.train.student_stage import StudentStage
 from sana_sprint.train.teacher_stage import TeacherStage
 from sana_sprint.trigflow import T_MAX
@@ -180,3 +181,11 @@ def test_cached_embeddings_change_nothing(make_stage, instruction_rate: float) -
         losses.append(stage.loss(Part(step=0, indices=range(4)))[0].item())
     # The encoder sees other batches, so fp32 sums in another order.
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_all_times_weigh_the_same_at_the_start() -> None:
+    """The weight of the squared error is w(t) e^-logvar; the loss, without it, starts where a settled one would be."""
+    student = Student(with_guidance(tiny_transformer("teacher")), latent_size=96)
+    t = torch.tensor([0.01, 0.5, 1.2, 1.5, 1.57])
+    weight = prior_weight(t) * torch.exp(-student.log_variance(t, torch.full((5,), 4.5)))
+    torch.testing.assert_close(weight, torch.full((5,), 96.0), rtol=1e-4, atol=0)  # fp32 exp of up to 7

@@ -50,6 +50,11 @@ def consistency_target(
     return g / (expand_like(norm, g) + TANGENT_CONSTANT / SIGMA_DATA)
 
 
+def prior_weight(t: Tensor) -> Tensor:
+    """w(t) = 1/(sigma_d tan t), the fixed part of the loss's weight: (B,)."""
+    return 1 / (SIGMA_DATA * torch.tan(t))
+
+
 def scm_loss(F: Tensor, g: Tensor, t: Tensor, logvar: Tensor) -> tuple[Tensor, dict[str, float]]:
     """mean over elements of w(t)/e^logvar (F - F_detached - g)^2 + logvar, with the prior weight w = 1/(sigma_d tan t).
 
@@ -59,8 +64,7 @@ def scm_loss(F: Tensor, g: Tensor, t: Tensor, logvar: Tensor) -> tuple[Tensor, d
         logvar: learnt log variance of the loss at each sample's condition, (B,).
     """
     error = (F - F.detach() - g).square().flatten(1).mean(1)
-    prior_weight = 1 / (SIGMA_DATA * torch.tan(t))
-    loss = (prior_weight * torch.exp(-logvar) * error + logvar).mean()
+    loss = (prior_weight(t) * torch.exp(-logvar) * error + logvar).mean()
     return loss, {"scm_error": error.detach().mean().item(), "logvar": logvar.detach().mean().item()}
 
 

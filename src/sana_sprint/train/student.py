@@ -5,25 +5,44 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from sana_sprint.models.layers import ScalarEmbedder
 from sana_sprint.models.transformer import SanaTransformer2DModel
 from sana_sprint.train.adaptation import spread_thresholds
+from sana_sprint.train.losses import prior_weight
+from sana_sprint.trigflow import trig_to_flow
 
 _GUIDANCE_STEEPNESS = 3.0
 
 
 class Student(nn.Module):
-    """A transformer with guidance embedding, and the loss's log variance, a linear map of its time embedding."""
+    """A transformer with guidance embedding, and the log variance of its loss.
+
+    Args:
+        transformer: with guidance embedding.
+        latent_size: numbers in a latent, C*H*W.
+    """
 
     def __init__(self, transformer: SanaTransformer2DModel, latent_size: int) -> None:
         super().__init__()
         self.transformer = transformer
         self.logvar = nn.Linear(transformer.config.width, 1)
-        nn.init.xavier_uniform_(self.logvar.weight)
-        # The target has norm 1 at most, so its mean square is near 1/size: start the log variance there.
+        nn.init.zeros_(self.logvar.weight)
+        # The normalised target has a norm just below 1, so its mean square is near 1/latent_size.
         nn.init.constant_(self.logvar.bias, -math.log(latent_size))
+
+    def log_variance(self, t: Tensor, guidance: Tensor) -> Tensor:
+        """Of the loss at angles t (B,) and guidance scales (B,): (B,) fp32.
+
+        log w(t) plus a linear map of the time embedding. It settles where it would without log w(t), the released
+        form; but it starts there too. From a constant, small times outweigh large ones a thousandfold until the map has
+        learnt to make up for w(t).
+        """
+        flow_t = trig_to_flow(t) * self.transformer.config.timestep_scale
+        _, embedding = self.transformer.embed_time(flow_t, guidance)
+        learnt: Tensor = self.logvar(embedding)
+        return prior_weight(t).log() + learnt.float().squeeze(1)
 
 
 def with_guidance(teacher: SanaTransformer2DModel) -> SanaTransformer2DModel:
