@@ -1,5 +1,6 @@
 """The hybrid distillation stage: who learns when, from which losses, and what must not move."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,13 +84,12 @@ def test_the_hybrid_loss_is_the_weighted_sum_of_its_parts(make_stage) -> None:
         torch.manual_seed(7)
         return stage.loss(part)[0].item()
 
-    scm = make_stage(student_run)
-    torch.manual_seed(7)
-    consistency = scm.loss(part)[0].item()
-    small, large = loss(weight=0.25), loss(weight=1.0)
-    # The loss is linear in the weight, and what is left at weight 0 is the consistency loss; fp32 sums.
-    assert (4 * small - large) / 3 == pytest.approx(consistency, abs=1e-4)
-    assert abs(large - small) > 1e-3
+    small, large, alone = loss(weight=0.25), loss(weight=1.0), loss(weight=1.0, scm_weight=0.0)
+    # Linear in either weight, so what is left at weight 0 is the consistency loss, whatever its weight; fp32 sums.
+    consistency = (4 * small - large) / 3
+    assert large == pytest.approx(consistency + alone, abs=1e-4)
+    assert loss(weight=1.0, scm_weight=2.0) == pytest.approx(2 * consistency + alone, abs=1e-4)
+    assert abs(alone) > 1e-3
 
 
 def test_the_adversarial_loss_alone_trains_too(make_stage) -> None:
@@ -120,6 +120,30 @@ def test_max_time_weighting_starts_from_pure_noise(make_stage, rate: float, expe
     stage.adversary.student_loss(student, u0, context)
     stage.adversary.discriminator_loss(student, u0, context)
     assert [(t == torch.tensor(T_MAX)).float().mean().item() for t in times] == [expected, expected]
+
+
+def test_the_student_gets_the_whole_gradient_of_the_discriminators_verdict(make_stage) -> None:
+    adversary = make_stage().adversary
+    u0, weight = torch.randn(4, 4, 4, 4), torch.tensor(0.3, requires_grad=True)
+    context = adversary.teacher.encode_caption(torch.randn(4, 3, 16))
+
+    def student(u: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return weight * u
+
+    def plain() -> torch.Tensor:
+        fake = adversary._pictures(student, u0)
+        t = adversary._judging_times(len(fake))
+        return -adversary.discriminator(adversary._features(fake, t, context)).mean()
+
+    found = []
+    state = copy.deepcopy(adversary.discriminator.state_dict())  # a pass moves the spectral norms' vectors
+    for loss_of in (plain, lambda: adversary.student_loss(student, u0, context)):
+        adversary.discriminator.load_state_dict(state)
+        torch.manual_seed(2)
+        loss = loss_of()
+        found.append((loss.item(), torch.autograd.grad(loss, weight)[0].item()))
+    assert found[1] == pytest.approx(found[0], rel=1e-5)  # the same sums
+    assert found[0][1] != 0
 
 
 def test_misaligned_pairs_are_real_pictures_with_the_neighbours_caption(make_stage, monkeypatch) -> None:

@@ -34,6 +34,9 @@ class Adversary:
     def student_loss(self, student: Denoiser, u0: Tensor, context: CaptionContext) -> Tensor:
         """How fake the discriminator finds the student's one-step pictures; its heads get no gradient.
 
+        The discriminator's own graph, as large as the student's, is gone when this returns: the gradient by the pictures
+        is taken at once, and the loss carries it on to the student.
+
         Args:
             student: with gradients.
             u0: clean latents (B,C,H,W).
@@ -41,8 +44,12 @@ class Adversary:
         """
         self.discriminator.requires_grad_(False)
         fake = self._pictures(student, u0)
+        judged = fake.detach().requires_grad_()
         t = self._judging_times(len(fake))
-        return hinge_generator(self.discriminator(self._features(fake, t, context)))
+        loss = hinge_generator(self.discriminator(self._features(judged, t, context)))
+        (gradient,) = torch.autograd.grad(loss, judged)
+        carried = (fake * gradient).sum()  # its gradient by the student's weights is the loss's
+        return loss.detach() + carried - carried.detach()
 
     def discriminator_loss(
         self, student: Denoiser, u0: Tensor, context: CaptionContext

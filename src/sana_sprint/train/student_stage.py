@@ -166,14 +166,16 @@ class StudentStage:
         context = self.transformer.encode_caption(batch.embeddings.embeds, batch.embeddings.mask)
         student = self._denoiser(context, batch.guidance)
         loss, metrics = torch.zeros((), device=self.device), Metrics()
-        if self.config.scm_weight:
-            warmup = min(1.0, step / max(1, self.config.tangent_warmup_steps))
-            scm, metrics = self._scm_loss(student, context, batch, warmup)
-            loss = loss + self.config.scm_weight * scm
+        # First, because of what it computes only the student's pass is kept.
         if self.adversary:
             adversarial = self.adversary.student_loss(student, batch.u0, batch.captioned)
             loss = loss + self.adversary.config.weight * adversarial
             metrics["adversarial_loss"] = adversarial.item()
+        if self.config.scm_weight:
+            warmup = min(1.0, step / max(1, self.config.tangent_warmup_steps))
+            scm, found = self._scm_loss(student, context, batch, warmup)
+            loss = loss + self.config.scm_weight * scm
+            metrics |= found
         return loss, metrics
 
     def _scm_loss(
