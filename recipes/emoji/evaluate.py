@@ -15,10 +15,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from recipes.emoji.judge import evaluation_scenes, judge_many, summarize
-from recipes.emoji.scenes import TASKS, Scene, render
+from recipes.emoji import judge
+from recipes.emoji.scenes import Scene, render
 from sana_sprint import SanaSprintPipeline
-from sana_sprint.images import grid, to_pil
+from sana_sprint.evaluate.compositional import draw, score, table
+from sana_sprint.images import to_pil
 from sana_sprint.models.autoencoder import AutoencoderDC
 from sana_sprint.models.text_encoder import PromptEncoder, load_text_encoder, load_tokenizer
 from sana_sprint.models.transformer import SanaTransformer2DModel
@@ -44,45 +45,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a folder for sheets of the judged pictures")
     arguments = parser.parse_args()
 
-    scenes = evaluation_scenes(arguments.count)
+    scenes = judge.evaluation_scenes(arguments.count)
+    captions = [scene.caption for scene in scenes]
     rows: dict[str, dict[str, float]] = {}
     if arguments.teacher:
         pictures = teacher_pictures(arguments.teacher, scenes, arguments.guidance, arguments.teacher_steps)
-        rows[f"teacher, {arguments.teacher_steps} guided steps"] = _score(
-            pictures, scenes, arguments.out, "teacher"
-        )
+        name = f"teacher, {arguments.teacher_steps} guided steps"
+        rows[name] = score(judge, pictures, scenes, name="teacher", folder=arguments.out)
     pipeline = SanaSprintPipeline.from_pretrained(arguments.model, torch_dtype=torch.bfloat16)
     pipeline.set_progress_bar_config(disable=True)
     for steps in (1, 2, 4):
-        pictures = student_pictures(pipeline, scenes, arguments.guidance, steps)
-        rows[f"student, {steps} step{'s' * (steps > 1)}"] = _score(
-            pictures, scenes, arguments.out, f"student{steps}"
-        )
+        pictures = draw(pipeline, captions, num_steps=steps, guidance=arguments.guidance)
+        name = f"student, {steps} step{'s' * (steps > 1)}"
+        rows[name] = score(judge, pictures, scenes, name=f"student{steps}", folder=arguments.out)
     psnr = autoencoder_psnr(pipeline.vae)
 
-    print("| model | overall | " + " | ".join(TASKS) + " |")
-    print("|---|" + "---|" * (len(TASKS) + 1))
-    for name, scores in rows.items():
-        print(f"| {name} | " + " | ".join(f"{scores[key]:.1%}" for key in ("overall", *TASKS)) + " |")
+    print(table(rows))
     print(f"autoencoder: {psnr:.2f} dB on 300 unseen scenes")
     print(json.dumps({"count": len(scenes), "autoencoder_psnr": psnr, **rows}))
-
-
-def student_pictures(
-    pipeline: SanaSprintPipeline, scenes: list[Scene], guidance: float, steps: int
-) -> list[Image.Image]:
-    """One picture for each scene's caption, seeds 0, 1, 2, ..."""
-    pictures: list[Image.Image] = []
-    for start in range(0, len(scenes), BATCH):
-        part = scenes[start : start + BATCH]
-        result = pipeline(
-            [scene.caption for scene in part],
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            seed=list(range(start, start + len(part))),
-        )
-        pictures += result.images
-    return pictures
 
 
 @torch.no_grad()
@@ -129,23 +109,13 @@ def teacher_pictures(folder: Path, scenes: list[Scene], guidance: float, steps: 
 @torch.no_grad()
 def autoencoder_psnr(autoencoder: AutoencoderDC) -> float:
     """Mean over unseen scenes of each picture's PSNR in dB."""
-    pixels = np.stack([np.asarray(render(scene)) for scene in evaluation_scenes(300)])
+    pixels = np.stack([np.asarray(render(scene)) for scene in judge.evaluation_scenes(300)])
     image = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div(127.5).sub(1)
     restored = torch.cat(
         [autoencoder.decode(autoencoder.encode(part.to(autoencoder.dtype))) for part in image.split(30)]
     )
     mse = (restored.float().clamp(-1, 1) - image).square().flatten(1).mean(1)
     return (10 * torch.log10(4 / mse)).mean().item()
-
-
-def _score(pictures: list[Image.Image], scenes: list[Scene], out: Path | None, name: str) -> dict[str, float]:
-    verdicts = judge_many(pictures, scenes)
-    if out:
-        out.mkdir(parents=True, exist_ok=True)
-        grid(pictures[:96], columns=12).save(out / f"{name}.png")
-        lines = [f"{v.correct}\t{s.caption}\t{v.reason}" for v, s in zip(verdicts, scenes, strict=True)]
-        (out / f"{name}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return summarize(verdicts, scenes)
 
 
 if __name__ == "__main__":

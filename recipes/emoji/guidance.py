@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from recipes.emoji.evaluate import student_pictures, teacher_pictures
+from recipes.emoji.evaluate import teacher_pictures
 from recipes.emoji.judge import evaluation_scenes
 from sana_sprint import SanaSprintPipeline
+from sana_sprint.evaluate.compositional import draw
 
 
 def main() -> None:
@@ -28,6 +29,7 @@ def main() -> None:
     arguments = parser.parse_args()
     low, high = arguments.scales
     scenes = evaluation_scenes(arguments.count)
+    captions = [scene.caption for scene in scenes]
     teacher = change(*(teacher_pictures(arguments.teacher, scenes, scale, 20) for scale in (low, high)))
     pipeline = SanaSprintPipeline.from_pretrained(arguments.model, torch_dtype=torch.bfloat16)
     pipeline.set_progress_bar_config(disable=True)
@@ -35,7 +37,9 @@ def main() -> None:
     print("|---|---|---|")
     print(f"| teacher, 20 steps | {size(teacher):.2f} | 1 |")
     for steps in (1, 2, 4):
-        student = change(*(student_pictures(pipeline, scenes, scale, steps) for scale in (low, high)))
+        student = change(
+            *(draw(pipeline, captions, num_steps=steps, guidance=scale) for scale in (low, high))
+        )
         print(f"| student, {steps} | {size(student):.2f} | {cosine(student, teacher):.2f} |")
 
 
