@@ -45,7 +45,7 @@ from sana_sprint.models.transformer import SanaTransformer2DModel, TransformerCo
 from sana_sprint.train.adversary import Adversary
 from sana_sprint.train.config import StudentRun
 from sana_sprint.train.student import Student, with_guidance
-from sana_sprint.train.student_stage import StudentStage, _Batch
+from sana_sprint.train.student_stage import StudentStage, Batch
 from sana_sprint.train.tangent import make_tangent
 from sana_sprint.trigflow import add_noise, lognormal_times
 
@@ -154,16 +154,16 @@ class Ours:
         stage.tangent = make_tangent(stage.config.tangent)
         stage.student = Student(stage.transformer, task.u0[0].numel())
         assert stage.config.discriminator is not None
-        stage.adversary = Adversary(stage.config.discriminator, stage.teacher, stage._draw_times)
+        stage.adversary = Adversary(stage.config.discriminator, stage.teacher, stage.draw_times)
         self.autocast = mixed_precision(precision)
         self.optimizer = torch.optim.AdamW(stage.student.parameters(), lr=LEARNING_RATE)
 
     def step(self) -> None:
         with self.autocast:
-            loss, _ = self.stage._student_loss(self.batch(), step=10**6)
+            loss, _ = self.stage.student_loss(self.batch(), step=10**6)
         update(loss, self.optimizer)
 
-    def batch(self) -> _Batch:
+    def batch(self) -> Batch:
         task = self.task
         length = int(task.mask.sum(1).max())
         text, mask = task.text[:, :length], task.mask[:, :length]
@@ -171,13 +171,15 @@ class Ours:
         embeddings = PromptEmbeddings(text, mask, (False,) * count, (length,) * count, (0,) * count)
         with torch.no_grad():
             captioned = self.stage.teacher.encode_caption(text, mask)
-        return _Batch(task.u0, embeddings, draw_guidance(count), captioned)
+        return Batch(task.u0, embeddings, draw_guidance(count), captioned)
 
     def tangent(self, u: Tensor, t: Tensor, guidance: Tensor) -> tuple[Tensor, Tensor]:
         """The guided teacher's F and the scaled tangent of the student."""
         batch, stage = self.batch(), self.stage
         with torch.no_grad():
-            teacher_F = stage._teacher(_Batch(batch.u0, batch.embeddings, guidance, batch.captioned))(u, t)
+            teacher_F = stage.guided_teacher(Batch(batch.u0, batch.embeddings, guidance, batch.captioned))(
+                u, t
+            )
             context = stage.transformer.encode_caption(batch.embeddings.embeds, batch.embeddings.mask)
             return teacher_F, stage.tangent(stage.transformer, context, u, t, teacher_F, guidance)
 

@@ -47,7 +47,7 @@ NUM_VALIDATION_CAPTIONS = 8
 
 
 @dataclass(frozen=True)
-class _Batch:
+class Batch:
     """Clean latents (B,C,H,W), the embeddings of their captions, and guidance scales (B,)."""
 
     u0: Tensor
@@ -96,7 +96,7 @@ class StudentStage:
         self.tangent = make_tangent(config.tangent)
         self.student = Student(self.transformer, math.prod(self.cache.shape)).to(self.device)
         self.adversary = config.discriminator and Adversary(
-            config.discriminator, self.teacher, self._draw_times
+            config.discriminator, self.teacher, self.draw_times
         )
         if self.adversary:
             self.adversary.discriminator.to(self.device)
@@ -123,7 +123,7 @@ class StudentStage:
                 with torch.no_grad():
                     student = self.denoiser(batch.embeddings, batch.guidance)
                 return self.adversary.discriminator_loss(student, batch.u0, batch.captioned)
-            return self._student_loss(batch, part.step)
+            return self.student_loss(batch, part.step)
 
     def denoiser(self, embeddings: PromptEmbeddings, guidance: Tensor) -> Denoiser:
         """The student, told the captions and the guidance scales (B,)."""
@@ -161,7 +161,7 @@ class StudentStage:
         SCMScheduler().save_pretrained(folder / "scheduler")
         write_model_index(folder, sprint_index(type(self.encoder.tokenizer).__name__))
 
-    def _student_loss(self, batch: _Batch, step: int) -> tuple[Tensor, Metrics]:
+    def student_loss(self, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
         """Weighted sum of the losses; one of them may be absent."""
         context = self.transformer.encode_caption(batch.embeddings.embeds, batch.embeddings.mask)
         student = self._denoiser(context, batch.guidance)
@@ -179,12 +179,12 @@ class StudentStage:
         return loss, metrics
 
     def _scm_loss(
-        self, student: Denoiser, context: CaptionContext, batch: _Batch, warmup: float
+        self, student: Denoiser, context: CaptionContext, batch: Batch, warmup: float
     ) -> tuple[Tensor, Metrics]:
-        t = self._draw_times(len(batch.u0))
+        t = self.draw_times(len(batch.u0))
         u = add_noise(batch.u0, torch.randn_like(batch.u0), t)
         with torch.no_grad():
-            teacher_F = self._teacher(batch)(u, t).float()
+            teacher_F = self.guided_teacher(batch)(u, t).float()
             tangent = self.tangent(self.transformer, context, u, t, teacher_F, batch.guidance)
         F = student(u, t).float()
         logvar = self.student.log_variance(t, batch.guidance)
@@ -193,13 +193,14 @@ class StudentStage:
         metrics["tangent_norm"] = tangent.flatten(1).norm(dim=1).mean().item()
         return loss, {**metrics, **loss_by_level(g.square().flatten(1).mean(1), trig_to_flow(t))}
 
-    def _draw_times(self, count: int) -> Tensor:
+    def draw_times(self, count: int) -> Tensor:
+        """Angles of the consistency loss: (count,)."""
         return lognormal_times(
             count, mean=self.config.time_mean, std=self.config.time_std, device=self.device
         )
 
     @torch.no_grad()
-    def _batch(self, part: Part) -> _Batch:
+    def _batch(self, part: Part) -> Batch:
         order = self.cache.shuffled(
             part.indices, batch_size=self.config.schedule.batch_size, seed=self.config.seed
         )
@@ -210,9 +211,9 @@ class StudentStage:
         instruction = float(torch.rand(())) < self.config.instruction_rate
         embeddings = self.embed(captions, instruction=instruction)
         captioned = self.teacher.encode_caption(embeddings.embeds, embeddings.mask)
-        return _Batch(u0, embeddings, guidance, captioned)
+        return Batch(u0, embeddings, guidance, captioned)
 
-    def _teacher(self, batch: _Batch) -> Denoiser:
+    def guided_teacher(self, batch: Batch) -> Denoiser:
         """The guided teacher. Guidance is affine in the velocity, so it is the same before and after the transform."""
         empty = unconditional(self.teacher, batch.embeddings)
         velocity = guided(
