@@ -45,7 +45,7 @@ from sana_sprint.models.transformer import SanaTransformer2DModel, TransformerCo
 from sana_sprint.train.adversary import Adversary
 from sana_sprint.train.config import StudentRun
 from sana_sprint.train.student import Student, with_guidance
-from sana_sprint.train.student_stage import StudentStage, Batch
+from sana_sprint.train.student_stage import Batch, StudentStage
 from sana_sprint.train.tangent import make_tangent
 from sana_sprint.trigflow import add_noise, lognormal_times
 
