@@ -99,7 +99,7 @@ def make_task(arguments: argparse.Namespace) -> Task:
     values, batch, side, _ = SHAPES[arguments.shape]
     batch = arguments.batch or batch
     generator = torch.Generator().manual_seed(0)
-    config = TransformerConfig.from_dict({**values, "guidance_embeds": False})
+    config = TransformerConfig.from_dict({**values, "guidance_embeds": False, "timestep_scale": 0.001})
     model = SanaTransformer2DModel(config)
     with torch.no_grad():
         for parameter in model.parameters():

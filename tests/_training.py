@@ -145,6 +145,7 @@ def teacher_run(
             "caption_channels": 16,
             "sample_size": 4,
             "qk_norm": "rms_norm_across_heads",
+            "timestep_scale": 0.001,
         },
         "optimizer": {"name": optimizer, "warmup_steps": 1},
         "schedule": _schedule(steps),

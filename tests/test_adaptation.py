@@ -64,11 +64,10 @@ def test_a_model_with_norms_is_copied() -> None:
     assert copy is not teacher
 
 
-@pytest.mark.parametrize("kind", ["plain", "sprint"])
+@pytest.mark.parametrize("kind", ["plain", "teacher"])
 def test_a_smooth_time_embedding_is_imitated(kind: str) -> None:
     model = tiny_transformer(kind)
-    path = "time_embed.timestep_embedder" if kind == "sprint" else "time_embed.emb.timestep_embedder"
-    embedder = model.get_submodule(path)
+    embedder = model.get_submodule("time_embed.emb.timestep_embedder")
     assert isinstance(embedder, ScalarEmbedder)
     # What a trained model has: it depends on time through at most a few radians. (Random weights would not.)
     frequency = torch.exp(-math.log(10_000) * torch.arange(128) / 128).repeat(2)
@@ -106,7 +105,7 @@ def old_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("old")
     train(autoencoder_run(folder / "autoencoder", steps=1))
     run = teacher_run(folder / "teacher", folder / "autoencoder" / "final", steps=2)
-    del run["model"]["qk_norm"]
+    del run["model"]["qk_norm"], run["model"]["timestep_scale"]
     train(run)
     return folder / "teacher" / "final"
 
@@ -118,13 +117,14 @@ def test_the_stage_fine_tunes_the_transformer_alone_and_exports_a_teacher(
     final = tmp_path / "run" / "final"
     adapted = load_model(SanaTransformer2DModel, final / "transformer")
     assert adapted.config.qk_norm == "rms_norm_across_heads"
+    assert adapted.config.time_scale == 1
     old = load_model(SanaTransformer2DModel, old_teacher / "transformer").state_dict()
     assert any(not torch.equal(adapted.state_dict()[name], value) for name, value in old.items())
     for part in ("text_encoder", "vae"):
         for file in (old_teacher / part).glob("*.safetensors"):
             assert (final / part / file.name).read_bytes() == file.read_bytes(), file
     # It is what a student run starts from, and an adaptation run too: it has all that it needs by now.
-    again = parse({**adaptation_run(tmp_path / "again", final), "old_time_scale": 1.0})
+    again = parse(adaptation_run(tmp_path / "again", final))
     stage = make(again)
     embeddings = embed(stage.encoder, ["a red square"], instruction=False)
     u, s = torch.randn(1, 4, 4, 4), torch.tensor([0.4])

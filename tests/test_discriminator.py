@@ -25,7 +25,7 @@ def captioned(teacher: SanaTransformer2DModel, batch: int):
 
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 def test_features_are_those_of_the_flow_model_inside_the_trigflow_one(scale: float) -> None:
-    teacher = tiny_transformer("teacher", timestep_scale=scale)
+    teacher = tiny_transformer("teacher", timestep_scale=scale / 1000)
     blocks = (1, teacher.config.num_layers - 1)
     (u, t), context = noised(teacher, 3), captioned(teacher, 3)
     discriminator = Discriminator(teacher.config.width, teacher.config.num_layers, blocks)

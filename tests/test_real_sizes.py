@@ -65,7 +65,8 @@ def test_one_step_of_each_player(size: str, tmp_path: Path) -> None:
 
 def make_teacher(folder: Path, size: str) -> None:
     """A published teacher's folder in shape, with random weights and a one-layer text encoder of the real width."""
-    config = TransformerConfig(**PUBLISHED_TRANSFORMERS[f"teacher_{size}"][0])
+    values = PUBLISHED_TRANSFORMERS[f"teacher_{size}"][0]
+    config = TransformerConfig(**values, timestep_scale=0.001)  # as the published teachers say it
     save_model(SanaTransformer2DModel(config), folder / "transformer", dtype=torch.bfloat16)
     autoencoder = AutoencoderDC(AutoencoderConfig.from_dict(PUBLISHED_AUTOENCODER))
     save_model(autoencoder, folder / "vae", dtype=torch.bfloat16)

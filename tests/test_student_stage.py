@@ -1,6 +1,7 @@
 """The hybrid distillation stage: who learns when, from which losses, and what must not move."""
 
 import copy
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from _training import autoencoder_run, hybrid_run, student_run, teacher_run
 from pydantic import TypeAdapter
 from torch import nn
 
+from sana_sprint.models.autoencoder import AutoencoderDC
 from sana_sprint.models.layers import sinusoid
+from sana_sprint.models.transformer import SanaTransformer2DModel
 from sana_sprint.train import loop
 from sana_sprint.train.autoencoder_stage import AutoencoderStage
 from sana_sprint.train.config import RunConfig, StudentRun
@@ -23,6 +26,7 @@ from sana_sprint.train.student import Student, with_guidance
 from sana_sprint.train.student_stage import StudentStage
 from sana_sprint.train.teacher_stage import TeacherStage
 from sana_sprint.trigflow import T_MAX
+from sana_sprint.weights import load_model, save_model
 
 
 def parse(values: dict[str, Any]) -> Any:
@@ -97,7 +101,7 @@ def test_the_adversarial_loss_alone_trains_too(make_stage) -> None:
     before = copies(stage.student)
     metrics = Learner(stage, stage.config).step(0)
     assert moved(stage.student, before)
-    assert "scm_error" not in metrics
+    assert "direction_norm" not in metrics
     assert "adversarial_loss" in metrics
 
 
@@ -183,7 +187,7 @@ def test_the_gradient_penalty_is_added_and_reported(make_stage) -> None:
 
 
 def test_guidance_scales_are_told_apart_from_the_start() -> None:
-    student = with_guidance(tiny_transformer("teacher"))
+    student = with_guidance(tiny_transformer("teacher", timestep_scale=0.001))
     embedder = student.get_submodule("time_embed.guidance_embedder")
 
     def features(scale: float) -> torch.Tensor:
@@ -209,7 +213,39 @@ def test_cached_embeddings_change_nothing(make_stage, instruction_rate: float) -
 
 def test_all_times_weigh_the_same_at_the_start() -> None:
     """The weight of the squared error is w(t) e^-logvar; the loss, without it, starts where a settled one would be."""
-    student = Student(with_guidance(tiny_transformer("teacher")), latent_size=96)
+    student = Student(with_guidance(tiny_transformer("teacher", timestep_scale=0.001)), latent_size=96)
     t = torch.tensor([0.01, 0.5, 1.2, 1.5, 1.57])
     weight = prior_weight(t) * torch.exp(-student.log_variance(t, torch.full((5,), 4.5)))
     torch.testing.assert_close(weight, torch.full((5,), 96.0), rtol=1e-4, atol=0)  # fp32 exp of up to 7
+
+
+def test_a_teacher_whose_time_is_not_dense_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"multiplied by 1000 .* adaptation stage"):
+        with_guidance(tiny_transformer("teacher", timestep_scale=1.0))
+
+
+def test_a_single_pair_is_never_misaligned(make_stage, monkeypatch) -> None:
+    """Rolled by one, a batch of one is itself: a true pair that would be called fake."""
+    seen: list[int] = []
+    adversary = make_stage().adversary
+    original = adversary._features
+    monkeypatch.setattr(
+        adversary, "_features", lambda u0, t, c: (seen.append(len(u0)), original(u0, t, c))[1]
+    )
+    context = adversary.teacher.encode_caption(torch.randn(1, 3, 16))
+    adversary.discriminator_loss(lambda u, t: -u, torch.randn(1, 4, 4, 4), context)
+    assert seen == [1, 1]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_published_weights_are_bf16_and_train_all_the_same(
+    teacher: Path, tmp_path: Path, precision: str
+) -> None:
+    folder = tmp_path / "published"
+    shutil.copytree(teacher, folder)
+    for part, cls in (("transformer", SanaTransformer2DModel), ("vae", AutoencoderDC)):
+        save_model(load_model(cls, teacher / part), folder / part, dtype=torch.bfloat16)
+    run = parse({**hybrid_run(tmp_path / "run", folder, steps=2), "precision": precision})
+    stage = StudentStage(run, report=silent)
+    loop.run(stage, run, report=silent, should_stop=lambda: False)
+    assert (tmp_path / "run" / "final" / "model_index.json").is_file()

@@ -1,6 +1,6 @@
 """The tangent's three ways: the dual pass against forward-mode differentiation, each of its rules against differences."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -98,7 +98,7 @@ def test_dual_equals_forward_mode_for_any_shape(
 
 @pytest.mark.parametrize(
     ("name", "changes"),
-    [("sprint", {}), ("positions_patch2", {}), ("plain", {}), ("plain", {"timestep_scale": 30.0})],
+    [("sprint", {}), ("positions_patch2", {}), ("plain", {}), ("plain", {"timestep_scale": 0.03})],
 )
 def test_flow_wrapper_is_differentiated_too(name: str, changes: dict[str, Any]) -> None:
     inputs = wrapped_inputs(tiny_transformer(name, **changes).double())
@@ -291,29 +291,6 @@ def test_difference_is_of_second_order() -> None:
 
 
 # --- Sharded weights, and mistakes ----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def process_group() -> Iterator[None]:
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.usefixtures("process_group")
-def test_sharded_weights_are_gathered_and_given_back() -> None:
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import DTensor
-
-    model, *inputs = wrapped_inputs(tiny_transformer("sprint"), torch.float32)
-    expected = tangent.value_and_tangent(model, *inputs)[1]
-    mesh = torch.distributed.init_device_mesh("cpu", (1,))
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    actual = tangent.value_and_tangent(model, *inputs)[1]
-    assert torch.equal(actual, expected)
-    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def test_mistakes_are_named() -> None:

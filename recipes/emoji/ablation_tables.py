@@ -34,9 +34,9 @@ TABLES = (
     Table(
         "Consistency : adversarial weight (Table 5)",
         {
-            "weight 1 : 1": "8.81 / 27.93",
+            "twice the weight": "8.81 / 27.93 (1 : 1)",
             BASELINE: "8.43 / 27.85 (1 : 0.5)",
-            "weight 1 : 0.1": "8.90 / 27.76",
+            "a fifth of the weight": "8.90 / 27.76 (1 : 0.1)",
         },
     ),
     Table(

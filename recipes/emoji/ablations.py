@@ -13,6 +13,7 @@ import json
 import subprocess
 import sys
 import tomllib
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,13 +44,17 @@ def _without_discriminator(values: Values) -> None:
     values["tangent_warmup_steps"] //= 2
 
 
+def _weigh(values: Values, factor: float) -> None:
+    values["discriminator"]["weight"] *= factor
+
+
 VARIANTS = (
     Variant(BASELINE, lambda values: None),
     Variant("consistency loss only", _without_discriminator),
     Variant("adversarial loss only", lambda values: values.update(scm_weight=0.0)),
     Variant("one guidance scale", lambda values: values.update(guidance_scales=[GUIDANCE])),
-    Variant("weight 1 : 1", lambda values: values["discriminator"].update(weight=1.0)),
-    Variant("weight 1 : 0.1", lambda values: values["discriminator"].update(weight=0.1)),
+    Variant("twice the weight", lambda values: _weigh(values, 2.0)),
+    Variant("a fifth of the weight", lambda values: _weigh(values, 0.2)),
     Variant("max-time 0%", lambda values: values["discriminator"].update(max_time_rate=0.0)),
     Variant("max-time 70%", lambda values: values["discriminator"].update(max_time_rate=0.7)),
 )
@@ -90,10 +95,13 @@ def run_values(variant: Variant, seed: int, teacher: Path, output: Path, steps: 
 def result(variant: Variant, seed: int, arguments: argparse.Namespace) -> Values:
     """The variant's scores: from disk, or by training and scoring it."""
     letters = "".join(letter if letter.isalnum() else "-" for letter in variant.name)
-    folder = arguments.output / f"{letters}-{arguments.steps}-{seed}"
+    base = arguments.output / f"{letters}-{seed}"
+    values = run_values(variant, seed, arguments.teacher.resolve(), base, arguments.steps)
+    # Other values, another folder: a changed recipe must not meet old scores.
+    folder = base.with_name(f"{base.name}-{zlib.crc32(to_toml(values).encode()):08x}")
+    values["output"] = str(folder)
     scores = folder / "scores.json"
     if not scores.is_file():
-        values = run_values(variant, seed, arguments.teacher.resolve(), folder, arguments.steps)
         _train(values, folder, arguments.processes)
         scores.write_text(json.dumps(_score(folder, arguments.count)), encoding="utf-8")
     found: Values = json.loads(scores.read_text(encoding="utf-8"))

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from recipes.emoji import judge
 from recipes.emoji.scenes import Scene, render
@@ -23,7 +22,7 @@ from sana_sprint.images import to_pil
 from sana_sprint.models.autoencoder import AutoencoderDC
 from sana_sprint.models.text_encoder import PromptEncoder, load_text_encoder, load_tokenizer
 from sana_sprint.models.transformer import SanaTransformer2DModel
-from sana_sprint.train.conditioning import embed, unconditional
+from sana_sprint.train.conditioning import embed, unconditional, velocity_of
 from sana_sprint.train.config import StudentRun, load_config
 from sana_sprint.train.flow import guided, sample_flow
 from sana_sprint.weights import load_model
@@ -88,15 +87,9 @@ def teacher_pictures(folder: Path, scenes: list[Scene], guidance: float, steps: 
             captioned = transformer.encode_caption(embeddings.embeds, embeddings.mask)
             empty = unconditional(transformer, embeddings)
 
-            def conditional(x: Tensor, s: Tensor, context: object = captioned) -> Tensor:
-                return transformer(x, s, context)
-
-            def without(x: Tensor, s: Tensor, context: object = empty) -> Tensor:
-                return transformer(x, s, context)
-
             velocity = guided(
-                conditional,
-                without,
+                velocity_of(transformer, captioned),
+                velocity_of(transformer, empty),
                 guidance,
                 projected=recipe.guidance_projected,
                 limit=recipe.guidance_limit,

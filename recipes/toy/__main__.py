@@ -36,7 +36,7 @@ def main() -> None:
     curve: list[tuple[int, float]] = []
     every = max(1, arguments.steps // CURVE_POINTS)
 
-    def note_error(step: int, student: Student, _: float) -> None:
+    def note_error(step: int, student: Student) -> None:
         if step % every == 0 or step == arguments.steps - 1:
             distance = (_one_step(student, noise) - path[-1].float()).square().sum(1).mean().sqrt()
             curve.append((step, distance.item()))

@@ -25,7 +25,7 @@ TIME_MEAN, TIME_STD = -1.0, 1.6
 TWO_STEPS = [T_MAX, 1.1, 0.0]
 
 Target = Callable[..., Tensor]  # `consistency_target`, or a broken one
-OnStep = Callable[[int, "Student", float], None]
+OnStep = Callable[[int, "Student"], None]
 
 
 class Student(nn.Module):
@@ -58,7 +58,7 @@ def _features(t: Tensor) -> Tensor:
 def distil(
     *, num_steps: int = NUM_STEPS, target: Target = consistency_target, on_step: OnStep | None = None
 ) -> Student:
-    """Trains a student on `num_steps` batches, from torch's global generator; `on_step` gets (step, student, error)."""
+    """Trains a student on `num_steps` batches, from torch's global generator; `on_step` gets (step, student)."""
     student = Student()
     optimizer = torch.optim.Adam(student.parameters(), lr=LEARNING_RATE)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=num_steps)
@@ -70,13 +70,13 @@ def distil(
         F = student(u, t)
         warmup = min(1.0, step / WARMUP_STEPS)
         g = target(F.detach(), teacher_F, tangent, u, t, tangent_weight=warmup)
-        loss, metrics = scm_loss(F, g, t, student.logvar(t))
+        loss, _ = scm_loss(F, g, t, student.logvar(t))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         decay.step()
         if on_step:
-            on_step(step, student, metrics["scm_error"])
+            on_step(step, student)
     return student
 
 

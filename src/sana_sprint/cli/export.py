@@ -22,8 +22,8 @@ def export(
         typer.Argument(help="A folder for the whole pipeline, or a file NAME.safetensors for one component."),
     ],
     component: Annotated[
-        str, typer.Option(help="What a single file holds: transformer or vae.")
-    ] = "transformer",
+        str | None, typer.Option(help="What a single file holds: transformer (if left out) or vae.")
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Of the weights: fp32 or bf16; as they are if left out.")
     ] = None,
@@ -31,7 +31,12 @@ def export(
     """Write a model as a pipeline folder that diffusers loads too, or one of its components as a single file."""
     wanted = _dtype(dtype)
     if target.suffix == SINGLE_FILE:
-        _export_component(model, target, component, wanted)
+        _export_component(model, target, component or "transformer", wanted)
+    elif component is not None:
+        raise UsageError(
+            f"--component {component} needs a file to write, got the folder {target}",
+            hint=f"name a file such as {component}{SINGLE_FILE}",
+        )
     else:
         from sana_sprint.pipelines.text_to_image import SanaSprintPipeline
 

@@ -28,7 +28,7 @@ def train(
         typer.Argument(metavar="KEY=VALUE", help="Fields to change, such as schedule.steps=100."),
     ] = None,
 ) -> None:
-    """Train one stage: an autoencoder, a teacher or a student.
+    """Train one stage: an autoencoder, a teacher, its adaptation or a student.
 
     Ctrl-C, or SIGTERM, lets the step finish, saves and ends; a second one ends at once. A run that was stopped continues
     from its last checkpoint when the same command is given again (resume=latest, never or a checkpoint say otherwise). A data source such
@@ -50,10 +50,9 @@ def train(
     distributed.start()
     report = _reporter(is_main=distributed.rank() == 0)
     try:
+        made = _make_stage(config, report)
         with _signals() as received:
-            is_finished = loop.run(
-                _make_stage(config, report), config, report=report, should_stop=lambda: bool(received)
-            )
+            is_finished = loop.run(made, config, report=report, should_stop=lambda: bool(received))
         if not is_finished:
             report("the same command continues")
             # A process that was not signalled itself stops for another that was.

@@ -52,8 +52,8 @@ _SIZES = (
 class TransformerConfig:
     """Fields of the published config.json, with its defaults (the plain 1.6B SANA).
 
-    `timestep_scale` is for callers, who multiply flow time by it (1000 for a model that was trained so); the network
-    does not. Raises ValueError for sizes that do not fit together.
+    `timestep_scale` is for callers, see `time_scale`; the network itself does not use it.
+    Raises ValueError for sizes that do not fit together.
     """
 
     in_channels: int = 32
@@ -97,6 +97,15 @@ class TransformerConfig:
     def width(self) -> int:
         """D, the number of channels of a token."""
         return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def time_scale(self) -> float:
+        """What callers multiply flow time in [0,1] by: 1 where the time embedding is dense (SANA-Sprint, section 3.2).
+
+        As in the published pipelines: Sprint's gives a model with guidance embedding flow time itself; the others give
+        times up to 1000, multiplied by `timestep_scale`, which is 0.001 for Sprint's teachers.
+        """
+        return 1.0 if self.guidance_embeds else 1000 * self.timestep_scale
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TransformerConfig:

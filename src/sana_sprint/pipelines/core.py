@@ -136,8 +136,7 @@ class Conditioning:
 
     def velocity(self, x: Tensor, flow_t: Tensor) -> Tensor:
         """The flow model, fp32 in and out."""
-        time = flow_t * self.transformer.config.timestep_scale
-        v: Tensor = self.transformer(x, time, self.context, self.guidance)
+        v: Tensor = self.transformer(x, flow_t, self.context, self.guidance)
         return v
 
 

@@ -76,18 +76,20 @@ def _query_and_key_sizes(
 
 
 @torch.no_grad()
-def densify_time(model: SanaTransformer2DModel, *, old_scale: float = 1000.0) -> float:
-    """Refits the time embedding so that flow time in [0,1] gives what `old_scale` times it gave; in place.
+def densify_time(model: SanaTransformer2DModel) -> float:
+    """Refits the time embedding so that flow time itself gives what `time_scale` times it gave; in place.
 
     With c_noise = 1000 s the embedding's derivative by time, and with it the consistency loss, is 1000 times
     larger than it need be (SANA-Sprint, eq. 10).
 
     Returns:
-        The relative root-mean-square error of the new embedding, over times in [0,1].
+        The relative root-mean-square error of the new embedding, over times in [0,1]; 0 for a model whose time is dense.
     """
-    embedder = model.get_submodule(
-        "time_embed.timestep_embedder" if model.config.guidance_embeds else "time_embed.emb.timestep_embedder"
-    )
+    old_scale = model.config.time_scale
+    if abs(old_scale - 1) < 1e-6:
+        return 0.0
+    model.config = replace(model.config, timestep_scale=0.001)
+    embedder = model.get_submodule("time_embed.emb.timestep_embedder")
     assert isinstance(embedder, ScalarEmbedder)
     times = torch.linspace(0, 1, _FIT_POINTS, device=model.device)
     target = embedder(times * old_scale).double()

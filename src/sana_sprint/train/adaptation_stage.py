@@ -10,7 +10,7 @@ import torch
 from sana_sprint.models.text_encoder import PromptEncoder, load_text_encoder, load_tokenizer
 from sana_sprint.models.transformer import SanaTransformer2DModel
 from sana_sprint.train.adaptation import densify_time, with_qk_norm
-from sana_sprint.train.conditioning import embed, frozen_embed
+from sana_sprint.train.conditioning import embed, frozen_embed, velocity_of
 from sana_sprint.train.config import AdaptationRun
 from sana_sprint.train.flow import logit_normal_times
 from sana_sprint.train.flow_stage import FlowStage
@@ -38,10 +38,8 @@ class AdaptationStage(FlowStage):
                 report=report,
             )
         old = load_model(SanaTransformer2DModel, folder / "transformer", dtype=torch.float32).to(self.device)
-        self.old_time_scale = config.old_time_scale
         self.transformer = with_qk_norm(old, self._evaluate).train()
-        if config.old_time_scale != 1:
-            error = densify_time(self.transformer, old_scale=config.old_time_scale)
+        if error := densify_time(self.transformer):
             report(f"dense time: the new embedding differs from the old one by {error:.1%}")
         self.transformer.gradient_checkpointing = config.gradient_checkpointing
         self.players = {"teacher": self.transformer}
@@ -57,4 +55,4 @@ class AdaptationStage(FlowStage):
         with autocast(self.config):
             embeddings = embed(self.encoder, captions, instruction=False)
             context = model.encode_caption(embeddings.embeds, embeddings.mask)
-            model((1 - level) * u0 + level * noise, s * self.old_time_scale, context)
+            velocity_of(model, context)((1 - level) * u0 + level * noise, s)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from sana_sprint.models.layers import autocast_off
 from sana_sprint.models.transformer import CaptionContext, SanaTransformer2DModel
 from sana_sprint.train.config import DiscriminatorConfig
 from sana_sprint.train.discriminator import Discriminator
@@ -47,7 +48,8 @@ class Adversary:
         judged = fake.detach().requires_grad_()
         t = self._judging_times(len(fake))
         loss = hinge_generator(self.discriminator(self._features(judged, t, context)))
-        (gradient,) = torch.autograd.grad(loss, judged)
+        with autocast_off(judged.device):  # a backward pass runs in the dtypes of its forward
+            (gradient,) = torch.autograd.grad(loss, judged)
         carried = (fake * gradient).sum()  # its gradient by the student's weights is the loss's
         return loss.detach() + carried - carried.detach()
 
@@ -64,7 +66,7 @@ class Adversary:
             t = self._judging_times(len(u0))
             real_features = self._features(u0, t, context)
             fake_context = context
-            if self.config.misaligned_pairs:
+            if self.config.misaligned_pairs and len(u0) > 1:  # one alone would meet its own caption
                 fake = torch.cat([fake, u0.roll(1, 0)])
                 t = torch.cat([t, self._judging_times(len(u0))])
                 fake_context = context.index(torch.arange(len(u0), device=u0.device).repeat(2))

@@ -69,7 +69,7 @@ def load_checkpoint(path: Path, config: AnyRun) -> dict[str, Any]:
             fields that differ.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a file that is something else breaks the unpickler in any way
         raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
     if not isinstance(content, dict) or content.keys() != {"step", "config", "learner"}:

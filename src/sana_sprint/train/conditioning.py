@@ -71,9 +71,6 @@ def unconditional(transformer: SanaTransformer2DModel, embeddings: PromptEmbeddi
 def velocity_of(
     transformer: SanaTransformer2DModel, context: CaptionContext, guidance: Tensor | None = None
 ) -> Velocity:
-    """The transformer as a function of noisy latents and flow time in [0,1], told captions and guidance (B,).
-
-    A model whose time is not dense has a `timestep_scale` other than 1.
-    """
-    scale = transformer.config.timestep_scale
+    """The transformer as a function of noisy latents and flow time in [0,1], told captions and guidance (B,)."""
+    scale = transformer.config.time_scale
     return lambda x, flow_t: transformer(x, flow_t * scale, context, guidance)

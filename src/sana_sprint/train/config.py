@@ -157,8 +157,6 @@ class AdaptationRun(_FlowRun):
     stage: Literal["adaptation"]
     # A pipeline's folder or Hub id: its transformer learns, its text encoder does not.
     teacher: Path
-    # What the old transformer's time is multiplied by, relative to flow time in [0,1]; 1: its time is dense already.
-    old_time_scale: float = Field(default=1000.0, ge=1)
     # Encode all captions once and keep them on disk, rather than at every visit.
     cache_text: bool = False
 

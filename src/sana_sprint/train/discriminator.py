@@ -52,7 +52,7 @@ class Discriminator(nn.Module):
         angle = expand_like(t, u)
         outputs = teacher.block_outputs(
             u / (torch.cos(angle) + torch.sin(angle)),
-            trig_to_flow(t) * teacher.config.timestep_scale,
+            trig_to_flow(t) * teacher.config.time_scale,
             context,
         )
         numbered = zip(range(self.blocks[-1] + 1), outputs, strict=False)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -25,7 +26,9 @@ def start() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(device())
-        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        # Processes wait for the first one's validation and export, and for the slowest at encoding latents.
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        distributed.init_process_group(backend, timeout=timedelta(hours=12))
 
 
 def stop() -> None:

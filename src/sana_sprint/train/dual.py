@@ -10,8 +10,7 @@ Axes: B batch, C latent channels, H W token grid, N = H*W image tokens, L text t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -66,8 +65,8 @@ def transform(
 ) -> Dual:
     """`transformer(latent, flow_t, context, guidance)` and its derivative along the tangents of latent and flow_t.
 
-    Shapes and errors are those of `SanaTransformer2DModel.forward`; no gradient flows. Weights sharded with FSDP2 are
-    gathered module by module. Captions and guidance stay fixed: their tangent is zero.
+    Shapes and errors are those of `SanaTransformer2DModel.forward`; no gradient flows. Captions and
+    guidance stay fixed: their tangent is zero.
 
     Raises:
         ValueError: dropout is active, whose noise would differ between value and tangent; or weights are fp16, whose
@@ -77,13 +76,12 @@ def transform(
     transformer.check_inputs(latent.value, flow_t.value, context, guidance)
     patch = transformer.config.patch_size
     grid = (latent.value.shape[2] // patch, latent.value.shape[3] // patch)
-    with torch.no_grad(), _gathered(transformer):
+    with torch.no_grad():
         x = patch_embed(transformer.patch_embed, latent)
         modulation, embedding = embed_time(transformer, flow_t, guidance)
         modulation = modulation.map(lambda half: torch.unflatten(half, 1, (6, -1)))  # (B,6,D)
         for layer, key, value in zip(transformer.blocks, context.keys, context.values, strict=True):
-            with _gathered(layer):
-                x = block(layer, x, modulation, key, value, context.bias, grid)
+            x = block(layer, x, modulation, key, value, context.bias, grid)
         x = output(transformer, x, embedding)
         return x.map(lambda tokens: transformer.unpatchify(tokens, grid).to(latent.value.dtype))
 
@@ -290,21 +288,6 @@ def rms_norm(layer: nn.Module, x: Dual) -> Dual:
 
 
 # --- Sharded weights ---------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _gathered(module: nn.Module) -> Iterator[None]:
-    """FSDP2 gathers weights in hooks of `forward`, which is not called here."""
-    from torch.distributed.fsdp import FSDPModule  # half a second, which not every import should pay
-
-    if not isinstance(module, FSDPModule):
-        yield
-        return
-    module.unshard()
-    try:
-        yield
-    finally:
-        module.reshard()
 
 
 def _check_derivable(transformer: SanaTransformer2DModel) -> None:

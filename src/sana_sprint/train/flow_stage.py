@@ -18,7 +18,7 @@ from sana_sprint.train.config import AdaptationRun, TeacherRun
 from sana_sprint.train.data import VALIDATION_START, channels_last, open_source
 from sana_sprint.train.flow import flow_loss, guided, logit_normal_times, sample_flow
 from sana_sprint.train.latents import cached_latents
-from sana_sprint.train.metrics import loss_by_level
+from sana_sprint.train.metrics import by_level
 from sana_sprint.train.stage import Metrics, Part, Report, autocast
 from sana_sprint.train.text import save_text
 from sana_sprint.trigflow import Velocity
@@ -46,7 +46,9 @@ class FlowStage:
         self.config = config
         self.device = distributed.device()
         self.autoencoder_folder = autoencoder
-        self.autoencoder = channels_last(load_model(AutoencoderDC, autoencoder).to(self.device))
+        self.autoencoder = channels_last(
+            load_model(AutoencoderDC, autoencoder, dtype=torch.float32, device=self.device)
+        )
         self.cache = cached_latents(
             config.output.parent,
             config.data.source,
@@ -81,7 +83,7 @@ class FlowStage:
                 embeddings.embeds, drop_captions(embeddings.mask, dropped)
             )
             losses = flow_loss(self.velocity(context), u0, torch.randn_like(u0), flow_t.to(self.device))
-        return losses.mean(), loss_by_level(losses, flow_t)
+        return losses.mean(), by_level("loss", losses, flow_t)
 
     def velocity(self, context: CaptionContext) -> Velocity:
         """The model, told the captions."""

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sana_sprint.models.layers import autocast_off
 from sana_sprint.trigflow import SIGMA_DATA, Denoiser, expand_like
 
 TANGENT_CONSTANT = 0.1  # c of the tangent's normalisation, in the paper's space
@@ -65,7 +66,17 @@ def scm_loss(F: Tensor, g: Tensor, t: Tensor, logvar: Tensor) -> tuple[Tensor, d
     """
     error = (F - F.detach() - g).square().flatten(1).mean(1)
     loss = (prior_weight(t) * torch.exp(-logvar) * error + logvar).mean()
-    return loss, {"scm_error": error.detach().mean().item(), "logvar": logvar.detach().mean().item()}
+    return loss, {"logvar": logvar.detach().mean().item()}
+
+
+def direction_norm(g: Tensor) -> Tensor:
+    """The norm that each sample's direction had before `consistency_target` normalised it: (B,).
+
+    The loss itself cannot tell how far the student is from consistent, because its target has a norm near 1 always.
+    """
+    norm = g.flatten(1).double().norm(dim=1)
+    before: Tensor = norm / (1 - norm) * (TANGENT_CONSTANT / SIGMA_DATA)
+    return before.float()
 
 
 def hinge_discriminator(real: Tensor, fake: Tensor) -> tuple[Tensor, dict[str, float]]:
@@ -100,6 +111,7 @@ def r1_penalty(logits: Tensor, features: Sequence[Tensor]) -> Tensor:
         logits: of real samples, (B,n).
         features: what the heads made them from, (B,N,D) each, with `requires_grad`.
     """
-    gradients = torch.autograd.grad(logits.sum(), list(features), create_graph=True)
+    with autocast_off(logits.device):  # a backward pass runs in the dtypes of its forward
+        gradients = torch.autograd.grad(logits.sum(), list(features), create_graph=True)
     squares: list[Tensor] = [gradient.float().square().sum() for gradient in gradients]
     return torch.stack(squares).sum() / len(logits)

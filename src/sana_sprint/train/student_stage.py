@@ -28,8 +28,8 @@ from sana_sprint.train.config import StudentRun
 from sana_sprint.train.data import VALIDATION_START, channels_last, open_source
 from sana_sprint.train.flow import guided
 from sana_sprint.train.latents import cached_latents
-from sana_sprint.train.losses import consistency_target, scm_loss
-from sana_sprint.train.metrics import loss_by_level
+from sana_sprint.train.losses import consistency_target, direction_norm, scm_loss
+from sana_sprint.train.metrics import by_level
 from sana_sprint.train.stage import Metrics, Part, Report, autocast
 from sana_sprint.train.student import Student, with_guidance
 from sana_sprint.train.tangent import make_tangent
@@ -64,12 +64,17 @@ class StudentStage:
         self.config = config
         self.device = distributed.device()
         self.folder = resolve_folder(str(config.teacher))
-        self.teacher = load_model(SanaTransformer2DModel, self.folder / "transformer").to(self.device)
+        # fp32 under autocast, as the student: published weights are bf16, in which residuals and times lose bits.
+        self.teacher = load_model(
+            SanaTransformer2DModel, self.folder / "transformer", dtype=torch.float32, device=self.device
+        )
         self.teacher.requires_grad_(False)
         text_encoder = load_text_encoder(self.folder / "text_encoder", device=self.device)
         text_encoder.requires_grad_(False)
         self.encoder = PromptEncoder(load_tokenizer(self.folder / "tokenizer"), text_encoder)
-        self.autoencoder = channels_last(load_model(AutoencoderDC, self.folder / "vae").to(self.device))
+        self.autoencoder = channels_last(
+            load_model(AutoencoderDC, self.folder / "vae", dtype=torch.float32, device=self.device)
+        )
         self.cache = cached_latents(
             config.output.parent,
             config.data.source,
@@ -89,8 +94,9 @@ class StudentStage:
                 report=report,
             )
         self.transformer = with_guidance(self.teacher).to(self.device)
-        self.transformer.gradient_checkpointing = config.gradient_checkpointing
         for model in (self.teacher, self.transformer):
+            # The teacher's too: the adversarial loss goes back through it.
+            model.gradient_checkpointing = config.gradient_checkpointing
             # On a CPU the fused kernel's backward pass is slower than the plain one (docs/log.md).
             model.set_fused_attention(self.device.type != "cpu")
         self.tangent = make_tangent(config.tangent)
@@ -154,8 +160,7 @@ class StudentStage:
 
     def export(self, folder: Path) -> None:
         """Writes a whole pipeline folder, weights in bf16."""
-        save_model(self.transformer.to(torch.bfloat16), folder / "transformer")
-        self.transformer.float()
+        save_model(self.transformer, folder / "transformer", dtype=torch.bfloat16)
         for part in ("text_encoder", "tokenizer", "vae"):
             shutil.copytree(self.folder / part, folder / part, dirs_exist_ok=True)
         SCMScheduler().save_pretrained(folder / "scheduler")
@@ -191,7 +196,9 @@ class StudentStage:
         g = consistency_target(F.detach(), teacher_F, tangent, u, t, tangent_weight=warmup)
         loss, metrics = scm_loss(F, g, t, logvar)
         metrics["tangent_norm"] = tangent.flatten(1).norm(dim=1).mean().item()
-        return loss, {**metrics, **loss_by_level(g.square().flatten(1).mean(1), trig_to_flow(t))}
+        directions = direction_norm(g)
+        metrics["direction_norm"] = directions.mean().item()
+        return loss, {**metrics, **by_level("direction_norm", directions, trig_to_flow(t))}
 
     def draw_times(self, count: int) -> Tensor:
         """Angles of the consistency loss: (count,)."""

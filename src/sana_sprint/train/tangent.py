@@ -91,7 +91,7 @@ def value_and_tangent(
     c, slope = 1 / (cos + sin), cos - sin
     dc, d_slope = -c * c * slope * d_angle, -(cos + sin) * d_angle
 
-    scale = transformer.config.timestep_scale
+    scale = transformer.config.time_scale
     flow_t = Dual(scale * trig_to_flow(t), scale * dt / (torch.cos(t) + torch.sin(t)).square())
     v, dv = transform(transformer, Dual(c * u, dc * u + c * du), flow_t, context, guidance)
     inner = slope * u + v
