@@ -81,3 +81,13 @@ def test_shuffled_prompts_fail_the_judge(pipeline: SanaSprintPipeline, emoji_fon
     scenes = evaluation_scenes(12)
     pictures: list[Image.Image] = pipeline([scene.caption for scene in scenes], seed=0).images
     assert sum(verdict.correct for verdict in judge_many(pictures, [*scenes[1:], scenes[0]])) == 0
+
+
+def test_its_guidance_scale_matters(pipeline: SanaSprintPipeline) -> None:
+    """A student whose guidance embedding never learnt draws the same picture at every scale."""
+    pictures = [
+        np.asarray(pipeline(PROMPTS[0], guidance_scale=scale, num_inference_steps=1, seed=3).images[0], float)
+        for scale in (2.0, 5.0)
+    ]
+    # In levels of 255; the first version, which had hardly learnt it, changed by less than one.
+    assert np.abs(pictures[1] - pictures[0]).mean() > 1
