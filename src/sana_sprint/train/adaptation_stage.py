@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from functools import partial
-
 import torch
 
 from sana_sprint.models.text_encoder import PromptEncoder, load_text_encoder, load_tokenizer
@@ -28,15 +25,7 @@ class AdaptationStage(FlowStage):
         super().__init__(config, folder / "vae", report=report)
         text_encoder = load_text_encoder(folder / "text_encoder", device=self.device).requires_grad_(False)
         self.encoder = PromptEncoder(load_tokenizer(folder / "tokenizer"), text_encoder)
-        self.embed = partial(embed, self.encoder)
-        if config.cache_text:
-            self.embed = frozen_embed(
-                self.encoder,
-                itertools.chain(*self.cache.captions),
-                config.output.parent,
-                instruction_rate=config.instruction_rate,
-                report=report,
-            )
+        self.embed = frozen_embed(config, self.encoder, self.cache.captions, report=report)
         old = load_model(SanaTransformer2DModel, folder / "transformer", dtype=torch.float32).to(self.device)
         self.transformer = with_qk_norm(old, self._evaluate).train()
         if error := densify_time(self.transformer):
@@ -47,8 +36,7 @@ class AdaptationStage(FlowStage):
     @torch.no_grad()
     def _evaluate(self, model: SanaTransformer2DModel) -> None:
         """Runs the old model on noised training samples."""
-        indices = torch.arange(min(NUM_MEASURED, len(next(iter(self.cache.buckets.values())))))
-        u0, captions = self.cache.batch(self.cache.buckets[self.cache.shape][indices])
+        u0, captions = self.cache.batch(self.cache.buckets[self.cache.shape][:NUM_MEASURED])
         u0 = u0.to(self.device)
         s = logit_normal_times(len(u0), mean=self.config.time_mean, std=self.config.time_std).to(self.device)
         noise, level = torch.randn_like(u0), s[:, None, None, None]

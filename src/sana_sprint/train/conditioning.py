@@ -7,7 +7,7 @@ but bos therefore is the empty prompt, exactly, and needs no pass of its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Protocol
 
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from sana_sprint.models.text_encoder import PromptEmbeddings, PromptEncoder
 from sana_sprint.models.transformer import CaptionContext, SanaTransformer2DModel
 from sana_sprint.prompts import COMPLEX_HUMAN_INSTRUCTION
+from sana_sprint.train.config import AdaptationRun, StudentRun
 from sana_sprint.train.embeddings import cached_embeddings
 from sana_sprint.trigflow import Velocity
 
@@ -33,21 +34,27 @@ class Embed(Protocol):
 
 
 def frozen_embed(
+    config: AdaptationRun | StudentRun,
     encoder: PromptEncoder,
-    captions: Iterable[str],
-    folder: Path,
+    captions: Iterable[Sequence[str]],
     *,
-    instruction_rate: float,
     report: Callable[[str], None],
 ) -> Embed:
-    """As `embed` of an encoder that does not learn, from caches of all captions in the folder (`cached_embeddings`)."""
-    wanted = [kind for kind, rate in ((True, instruction_rate), (False, 1 - instruction_rate)) if rate > 0]
-    texts = list(captions)
+    """`embed` of an encoder that does not learn; if the run says `cache_text`, from caches of all pictures' captions."""
+    if not config.cache_text:
+        return partial(embed, encoder)
+    rates = {True: config.instruction_rate, False: 1 - config.instruction_rate}
+    texts = [text for each in captions for text in each]
     caches = {
         kind: cached_embeddings(
-            folder, texts, encoder, instruction=COMPLEX_HUMAN_INSTRUCTION if kind else None, report=report
+            config.output.parent,
+            texts,
+            encoder,
+            instruction=COMPLEX_HUMAN_INSTRUCTION if kind else None,
+            report=report,
         )
-        for kind in wanted
+        for kind, rate in rates.items()
+        if rate > 0
     }
 
     def look_up(captions: Sequence[str], *, instruction: bool) -> PromptEmbeddings:

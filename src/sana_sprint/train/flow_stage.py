@@ -15,9 +15,9 @@ from sana_sprint.models.transformer import CaptionContext, SanaTransformer2DMode
 from sana_sprint.train import distributed
 from sana_sprint.train.conditioning import Embed, drop_captions, embed, unconditional, velocity_of
 from sana_sprint.train.config import AdaptationRun, TeacherRun
-from sana_sprint.train.data import VALIDATION_START, channels_last, open_source
+from sana_sprint.train.data import channels_last
 from sana_sprint.train.flow import flow_loss, guided, logit_normal_times, sample_flow
-from sana_sprint.train.latents import cached_latents
+from sana_sprint.train.latents import latents_of_run
 from sana_sprint.train.metrics import by_level
 from sana_sprint.train.stage import Metrics, Part, Report, autocast
 from sana_sprint.train.text import save_text
@@ -49,19 +49,9 @@ class FlowStage:
         self.autoencoder = channels_last(
             load_model(AutoencoderDC, autoencoder, dtype=torch.float32, device=self.device)
         )
-        self.cache = cached_latents(
-            config.output.parent,
-            config.data.source,
-            config.data.num_samples,
-            self.autoencoder,
-            report=report,
-            size=config.data.size,
-            max_bad=config.data.max_bad_fraction,
+        self.cache, self.validation_captions = latents_of_run(
+            config, self.autoencoder, num_validation=NUM_VALIDATION_CAPTIONS, report=report
         )
-        source = open_source(config.data.source, max_bad=config.data.max_bad_fraction)
-        self.validation_captions = [
-            source(VALIDATION_START + i)[1][0] for i in range(NUM_VALIDATION_CAPTIONS)
-        ]
 
     def player(self, step: int) -> str:
         """The teacher, always."""

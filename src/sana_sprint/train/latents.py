@@ -14,12 +14,14 @@ from torch import Tensor
 
 from sana_sprint.models.autoencoder import AutoencoderDC
 from sana_sprint.resolutions import nearest_bucket
+from sana_sprint.train.config import AdaptationRun, StudentRun, TeacherRun
 from sana_sprint.train.data.ahead import read_ahead
 from sana_sprint.train.data.order import BucketOrder
 from sana_sprint.train.data.pictures import fit, to_tensor
 from sana_sprint.train.data.records import Sample, Unreadable
 from sana_sprint.train.data.source import (
     MAX_BAD_FRACTION,
+    VALIDATION_START,
     FunctionSource,
     RecordSource,
     Source,
@@ -89,9 +91,31 @@ class LatentCache:
         return self.blocks[block][index - self._starts[block]]
 
 
+def latents_of_run(
+    config: TeacherRun | AdaptationRun | StudentRun,
+    autoencoder: AutoencoderDC,
+    *,
+    num_validation: int,
+    report: Callable[[str], None],
+) -> tuple[LatentCache, list[str]]:
+    """The latents that a run trains on, cached beside its output, and captions of pictures that it does not train on."""
+    data = config.data
+    source = open_source(data.source, max_bad=data.max_bad_fraction)
+    cache = cached_latents(
+        config.output.parent,
+        source,
+        data.num_samples,
+        autoencoder,
+        report=report,
+        size=data.size,
+        max_bad=data.max_bad_fraction,
+    )
+    return cache, [source(VALIDATION_START + i)[1][0] for i in range(num_validation)]
+
+
 def cached_latents(
     folder: Path,
-    source: str,
+    source: str | Source,
     num_samples: int,
     autoencoder: AutoencoderDC,
     *,
@@ -105,7 +129,7 @@ def cached_latents(
         folder: receives `latents/`, a file for every 512 samples, named by a hash of the samples' pictures and
             captions, the size, and the autoencoder's weights and config. Files that are there are not made again.
             Several processes share the work.
-        source: see `data.open_source`.
+        source: open, or as `data.open_source` takes it.
         num_samples: at most.
         autoencoder: its encoder and scaling factor are used, under bf16 autocast.
         report: receives a line about the samples, and about every one that is skipped.
@@ -116,7 +140,7 @@ def cached_latents(
     Raises:
         ValueError: more are; or a picture does not fit.
     """
-    opened = open_source(source)
+    opened = open_source(source) if isinstance(source, str) else source
     positions = opened.training[:num_samples]
     encoder = _Encoder(opened, autoencoder, size)
 

@@ -37,11 +37,8 @@ def make_parts(count: int, make: Callable[[range], Path], *, label: str) -> dict
     rank, size = distributed.rank(), distributed.world_size()
     with tqdm(parts[rank::size], desc=label, unit="part", dynamic_ncols=True, disable=rank != 0) as own:
         made = {part: make(part) for part in own}
-    if size > 1:
-        gathered: list[dict[range, Path]] = [{} for _ in range(size)]
-        torch.distributed.all_gather_object(gathered, made)
-        made = {part: path for each in gathered for part, path in each.items()}
-    return {part: made[part] for part in parts}
+    everywhere = {part: path for each in distributed.gather(made) for part, path in each.items()}
+    return {part: everywhere[part] for part in parts}
 
 
 def write_part(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:

@@ -5,12 +5,10 @@ Algorithm 2 of SANA-Sprint (arXiv 2503.09641). The student learns on even steps,
 
 from __future__ import annotations
 
-import itertools
 import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,11 +21,11 @@ from sana_sprint.models.transformer import CaptionContext, SanaTransformer2DMode
 from sana_sprint.sampling import SCMScheduler, sample, schedule
 from sana_sprint.train import distributed
 from sana_sprint.train.adversary import Adversary
-from sana_sprint.train.conditioning import Embed, embed, frozen_embed, unconditional, velocity_of
+from sana_sprint.train.conditioning import embed, frozen_embed, unconditional, velocity_of
 from sana_sprint.train.config import StudentRun
-from sana_sprint.train.data import VALIDATION_START, channels_last, open_source
+from sana_sprint.train.data import channels_last
 from sana_sprint.train.flow import guided
-from sana_sprint.train.latents import cached_latents
+from sana_sprint.train.latents import latents_of_run
 from sana_sprint.train.losses import consistency_target, direction_norm, scm_loss
 from sana_sprint.train.metrics import by_level
 from sana_sprint.train.stage import Metrics, Part, Report, autocast
@@ -75,24 +73,10 @@ class StudentStage:
         self.autoencoder = channels_last(
             load_model(AutoencoderDC, self.folder / "vae", dtype=torch.float32, device=self.device)
         )
-        self.cache = cached_latents(
-            config.output.parent,
-            config.data.source,
-            config.data.num_samples,
-            self.autoencoder,
-            report=report,
-            size=config.data.size,
-            max_bad=config.data.max_bad_fraction,
+        self.cache, self.validation_captions = latents_of_run(
+            config, self.autoencoder, num_validation=NUM_VALIDATION_CAPTIONS, report=report
         )
-        self.embed: Embed = partial(embed, self.encoder)
-        if config.cache_text:
-            self.embed = frozen_embed(
-                self.encoder,
-                itertools.chain(*self.cache.captions),
-                config.output.parent,
-                instruction_rate=config.instruction_rate,
-                report=report,
-            )
+        self.embed = frozen_embed(config, self.encoder, self.cache.captions, report=report)
         self.transformer = with_guidance(self.teacher).to(self.device)
         for model in (self.teacher, self.transformer):
             # The teacher's too: the adversarial loss goes back through it.
@@ -106,10 +90,6 @@ class StudentStage:
         )
         if self.adversary:
             self.adversary.discriminator.to(self.device)
-        source = open_source(config.data.source, max_bad=config.data.max_bad_fraction)
-        self.validation_captions = [
-            source(VALIDATION_START + i)[1][0] for i in range(NUM_VALIDATION_CAPTIONS)
-        ]
 
     @property
     def players(self) -> Mapping[str, nn.Module]:
