@@ -133,6 +133,7 @@ def _score(folder: Path, count: int) -> Values:
     from recipes.emoji.judge import evaluation_scenes, judge_many, summarize
     from recipes.emoji.scenes import SIZE, render, sample_scene
     from sana_sprint import SanaSprintPipeline
+    from sana_sprint.evaluate.compositional import draw
     from sana_sprint.evaluate.features import dcae_features, features_of
     from sana_sprint.evaluate.frechet import distance, fit
 
@@ -142,14 +143,9 @@ def _score(folder: Path, count: int) -> Values:
     extract = dcae_features(pipeline.vae)
     real = fit(features_of([render(sample_scene(i)) for i in range(4 * count)], extract, size=SIZE))
     scores: Values = {}
-    for steps, times in ((1, {}), (2, {"max_timesteps": 1.5708, "intermediate_timesteps": MIDDLE_TIME})):
-        pictures = []
-        for start in range(0, count, 50):
-            captions = [scene.caption for scene in scenes[start : start + 50]]
-            seeds = list(range(start, start + len(captions)))
-            pictures += pipeline(
-                captions, num_inference_steps=steps, guidance_scale=GUIDANCE, seed=seeds, **times
-            ).images
+    captions = [scene.caption for scene in scenes]
+    for steps, middle_time in ((1, None), (2, MIDDLE_TIME)):
+        pictures = draw(pipeline, captions, num_steps=steps, guidance=GUIDANCE, middle_time=middle_time)
         scores[f"judge{steps}"] = summarize(judge_many(pictures, scenes), scenes)["overall"]
         scores[f"fid{steps}"] = distance(fit(features_of(pictures, extract, size=SIZE)), real)
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]

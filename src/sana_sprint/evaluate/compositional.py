@@ -64,6 +64,7 @@ def draw(
     *,
     num_steps: int,
     guidance: float | None = None,
+    middle_time: float | None = None,
     first_seed: int = 0,
     batch: int | None = None,
     on_progress: Callable[[int], None] = lambda count: None,
@@ -75,13 +76,15 @@ def draw(
         captions: what to draw.
         num_steps: network evaluations.
         guidance: of every picture; None is the pipeline's own.
+        middle_time: angle between the steps where there are two; None is the pipeline's own.
         first_seed: picture i has first_seed + i.
         batch: pictures per call of the pipeline; None chooses by their size.
         on_progress: called after each call with the number of its pictures.
     """
     side: int = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
     batch = batch or max(1, min(MAX_PICTURES_PER_CALL, PIXELS_PER_CALL // side**2))
-    settings: dict[str, Any] = {} if guidance is None else {"guidance_scale": guidance}
+    asked = {"guidance_scale": guidance, "intermediate_timesteps": middle_time}
+    settings: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     pictures: list[Image.Image] = []
     for start in range(0, len(captions), batch):
         part = list(captions[start : start + batch])
