@@ -45,13 +45,14 @@ def run(
         config.output.mkdir(parents=True, exist_ok=True)
         (config.output / "config.json").write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
     with closing(Journal(config, first_step)) as journal:
-        if not _train(stage, config, learner, journal, first_step, report, should_stop):
-            return False
-    learner.averaged(partial(stage.export, config.output / "final"))
-    if distributed.rank() == 0:
-        report(f"finished: {config.output / 'final'}")
+        is_finished = _train(stage, config, learner, journal, first_step, report, should_stop)
+    if is_finished:
+        learner.averaged(partial(stage.export, config.output / "final"))
+        if distributed.rank() == 0:
+            report(f"finished: {config.output / 'final'}")
+    # A process that left its group while another is still saving would take that one down.
     distributed.barrier()
-    return True
+    return is_finished
 
 
 def _train(
