@@ -21,10 +21,13 @@ INTERRUPTED = 130  # 128 + SIGINT, the shells' convention
 EXTRAS = {
     "bitsandbytes": "train",
     "bs4": "caption",
+    "fastapi": "serve",
     "ftfy": "caption",
     "open_clip": "evaluate",
+    "prometheus_client": "serve",
     "pyarrow": "train",
     "tensorboard": "train",
+    "uvicorn": "serve",
 }
 
 # What typer raises for a call it cannot understand. It comes from typer itself or, in older releases, from click.

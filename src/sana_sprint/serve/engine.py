@@ -200,11 +200,12 @@ class Engine:
         while True:
             batch, pictures = [], 0
             for job in self._waiting:
+                if shape(job.request, native) != wanted:
+                    continue
                 if pictures and pictures + job.request.n > self.max_batch:
                     break
-                if shape(job.request, native) == wanted:
-                    batch.append(job)
-                    pictures += job.request.n
+                batch.append(job)
+                pictures += job.request.n
             left = deadline - time.monotonic()
             if pictures >= self.max_batch or left <= 0 or self._closing:
                 break
@@ -240,7 +241,10 @@ class Engine:
         for job, result in results.items():
             job.finish(result)
         for tell in self.on_batch:
-            tell(report)
+            try:
+                tell(report)
+            except Exception:
+                logger.exception("a listener of the engine failed")
 
     def _recover(self, jobs: Sequence[Job], error: Exception) -> None:
         _drop_frames(error)  # they hold the failed batch's tensors, and a failed job may be kept for long

@@ -154,7 +154,8 @@ class Job:
         self._steps_done = 0
         self._listeners: list[Callable[[Job], None]] = []
         self._lock = threading.Lock()
-        self.future.add_done_callback(lambda _: self._tell())
+        self.ended: float | None = None  # on the clock of `submitted`
+        self.future.add_done_callback(lambda _: self._end())
 
     @property
     def status(self) -> Status:
@@ -224,6 +225,10 @@ class Job:
             self.future.set_exception(outcome)
         else:
             self.future.set_result(outcome)
+
+    def _end(self) -> None:
+        self.ended = time.monotonic()
+        self._tell()
 
     def _tell(self) -> None:
         with self._lock:

@@ -1,0 +1,72 @@
+"""The HTTP server: health, metrics and the APIs, in front of an engine.
+
+Handlers never wait for the engine's thread other than by awaiting a job, so `/health` answers whatever it does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+from fastapi import APIRouter, FastAPI
+from fastapi.responses import JSONResponse, Response
+from starlette.concurrency import run_in_threadpool
+
+from sana_sprint import __version__
+from sana_sprint.serve.engine import Engine
+from sana_sprint.serve.errors import add_error_handlers
+from sana_sprint.serve.guard import Guard
+from sana_sprint.serve.images_api import images_routes
+from sana_sprint.serve.jobs_api import jobs_routes
+from sana_sprint.serve.metrics import CONTENT_TYPE
+from sana_sprint.serve.service import Service
+from sana_sprint.serve.settings import Settings
+
+READY = ("ready", "unloaded")  # an unloaded model comes back with the next request
+
+
+def create_app(engine: Engine, settings: Settings) -> FastAPI:
+    """An ASGI app. It closes the engine when it shuts down, after what is in the queue is done."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await run_in_threadpool(engine.close, settings.drain_s)
+
+    # The interactive documentation pages would load their scripts from elsewhere; /openapi.json is all they show.
+    app = FastAPI(title="sana-sprint", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    service = Service(engine, settings)
+    app.add_middleware(Guard, settings=settings, refused=service.metrics.refused)
+    add_error_handlers(app, service.metrics.refused)
+    app.include_router(_state_routes(service))
+    app.include_router(images_routes(service))
+    app.include_router(jobs_routes(service))
+    if find_spec("sana_sprint.serve.realtime") is not None:
+        import_module("sana_sprint.serve.realtime").add_realtime(app, engine, settings)
+    return app
+
+
+def _state_routes(service: Service) -> APIRouter:
+    routes = APIRouter(tags=["state"])
+
+    @routes.get("/health")
+    async def health() -> dict[str, str]:
+        """The process lives."""
+        return {"status": "ok", "version": __version__}
+
+    @routes.get("/ready")
+    async def ready() -> JSONResponse:
+        """200 if a request would be drawn, else 503."""
+        state = service.engine.state
+        return JSONResponse({"status": state}, 200 if state in READY else 503)
+
+    @routes.get("/metrics")
+    async def metrics() -> Response:
+        """Prometheus."""
+        content: Any = service.metrics.text()
+        return Response(content, media_type=CONTENT_TYPE)
+
+    return routes

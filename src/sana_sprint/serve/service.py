@@ -1,0 +1,140 @@
+"""What the routes share: putting requests into the engine, waiting for them, and the answer with the pictures."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from pydantic import ValidationError
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+
+from sana_sprint.serve.engine import Engine, ImageRequest, Job, Result
+from sana_sprint.serve.errors import ApiError, as_api_error
+from sana_sprint.serve.metrics import Metrics
+from sana_sprint.serve.pictures import encode, settings_of
+from sana_sprint.serve.schema import Generation
+from sana_sprint.serve.settings import Settings
+
+
+class Service:
+    """One engine, what is allowed, what is counted, and the jobs that can be asked for."""
+
+    def __init__(self, engine: Engine, settings: Settings) -> None:
+        self.engine = engine
+        self.settings = settings
+        self.metrics = Metrics(engine)
+        self.jobs = JobStore(settings)
+
+    def submit(self, request: ImageRequest) -> Job:
+        """See `Engine.submit`; errors are ApiErrors."""
+        try:
+            job = self.engine.submit(request)
+        except Exception as error:
+            raise as_api_error(error) from error
+        self.metrics.watch(job)
+        return job
+
+    async def answer(self, job: Job, fields: Generation) -> dict[str, Any]:
+        """The body of an answer with the pictures of an ended job. Raises ApiError if it did not end well."""
+        try:
+            result = job.future.result(timeout=0)
+        except Exception as error:
+            raise as_api_error(error) from error
+        return await run_in_threadpool(_images_response, job, result, fields, self.settings.model)
+
+
+async def wait_for(job: Job, request: Request) -> None:
+    """Until the job has ended. If the client goes away first, or the server gives up, the job is cancelled."""
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    job.future.add_done_callback(lambda _: call_in(loop, ended.set))
+    waits = [asyncio.ensure_future(ended.wait()), asyncio.ensure_future(_disconnected(request))]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        job.cancel()  # without effect if it has ended
+        for wait in waits:
+            wait.cancel()
+
+
+def call_in(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
+    """Have an event loop call a function, from another thread. A loop that has closed needs no news."""
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(function)
+
+
+async def _disconnected(request: Request) -> None:
+    """Until the client has hung up. The body has been read, so there is no other message to come."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def check_fields(model: type[Generation], values: dict[str, Any]) -> Any:
+    """`values` as this model; raises ApiError 422."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise as_api_error(error) from error
+
+
+def _images_response(job: Job, result: Result, fields: Generation, model: str) -> dict[str, Any]:
+    output_format = fields.output_format or "png"
+    data = []
+    for i, image in enumerate(result.images):
+        settings = settings_of(job, result, i, model)
+        text = base64.b64encode(encode(image, output_format, fields.output_compression, settings)).decode()
+        picture = (
+            {"url": f"data:image/{output_format};base64,{text}"}
+            if fields.response_format == "url"
+            else {"b64_json": text}
+        )
+        data.append({**picture, "seed": result.seeds[i]})
+    size = result.sizes
+    return {
+        "created": int(time.time()),
+        "data": data,
+        "model": model,
+        "output_format": output_format,
+        "size": f"{size.width}x{size.height}",
+        "drawn_size": f"{size.model_width}x{size.model_height}",
+        "steps": job.request.steps,
+        "times": list(result.times),
+        "guidance_scale": result.guidance_scale,
+        "lost_prompt_tokens": result.lost_tokens,
+        "timings": {stage: round(seconds, 4) for stage, seconds in result.timings.items()},
+    }
+
+
+class JobStore:
+    """The jobs API's jobs with the fields they came with. Ended ones are dropped when they are old or too many."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._jobs: dict[str, tuple[Job, Generation]] = {}
+
+    def add(self, job: Job, fields: Generation) -> None:
+        """Keep a job."""
+        self._jobs[job.id] = (job, fields)
+        self._sweep()
+
+    def get(self, job_id: str) -> tuple[Job, Generation]:
+        """A job and its fields; ApiError 404 if there is none of this name, or none any more."""
+        self._sweep()
+        if job_id not in self._jobs:
+            raise ApiError(404, f"there is no job {job_id[:40]!r}, or it is gone", code="job_not_found")
+        return self._jobs[job_id]
+
+    def _sweep(self) -> None:
+        ended = [(job.ended, job) for job, _ in self._jobs.values() if job.ended is not None]
+        kept = sum(job.request.n for _, job in ended)
+        oldest = time.monotonic() - self._settings.keep_jobs_s
+        for at, job in sorted(ended, key=lambda pair: pair[0]):
+            if at >= oldest and kept <= self._settings.max_kept_pictures:
+                break
+            del self._jobs[job.id]
+            kept -= job.request.n
