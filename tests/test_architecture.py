@@ -29,6 +29,8 @@ LEVELS = {
     "models.layers": 0,
     "models": 1,
     "sampling": 1,
+    "conditions": 1,
+    "lora": 2,
     "weights": 2,
     "quantize": 2,
     "compile": 2,

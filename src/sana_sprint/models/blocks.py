@@ -191,7 +191,7 @@ class SanaTransformerBlock(nn.Module):
     ) -> Tensor:
         """x (B,N,D); modulation (B,6,D); key, value (B,K,L,E); bias (B,1,1,L) or None; grid (H,W) -> (B,N,D)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + modulation).chunk(6, dim=1)
-        low = product_dtype(self.attn1.to_q.weight)
+        low = product_dtype(self.scale_shift_table)
 
         x = torch.addcmul(x, gate1, self.attn1(modulate(self.norm1(x), shift1, scale1).to(low)))
         x = x + self.attn2(x.to(low), key, value, bias)

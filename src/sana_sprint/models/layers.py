@@ -246,9 +246,9 @@ class _Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(inner, dim), nn.Dropout(dropout)])
 
     def project_out(self, x: Tensor) -> Tensor:
-        weight = self.to_out[0].weight
-        assert isinstance(weight, Tensor)
-        out: Tensor = self.to_out[1](self.to_out[0](x.to(product_dtype(weight))))
+        bias = self.to_out[0].bias  # in the layer's dtype even where the weight is quantised
+        assert isinstance(bias, Tensor)
+        out: Tensor = self.to_out[1](self.to_out[0](x.to(product_dtype(bias))))
         return out
 
 
@@ -287,6 +287,14 @@ class CrossAttention(_Attention):
 # --- Feed-forward ------------------------------------------------------------------------------------------------
 
 
+def pointwise(layer: nn.Module, x: Tensor) -> Tensor:
+    """A 1x1 convolution of tokens (B,N,channels); a quantised layer in its place takes tokens itself."""
+    if isinstance(layer, nn.Conv2d):
+        return F.linear(x, layer.weight.flatten(1), layer.bias)
+    out: Tensor = layer(x)
+    return out
+
+
 class GatedConvFeedForward(nn.Module):
     """Mix-FFN (SANA, section 2.2): 1x1 expand, SiLU, depthwise 3x3, gate, 1x1 contract.
 
@@ -303,7 +311,7 @@ class GatedConvFeedForward(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """x (B,N,D), grid (H,W) with H*W = N -> (B,N,D)."""
-        hidden = F.silu(F.linear(x, self.conv_inverted.weight.flatten(1), self.conv_inverted.bias))
+        hidden = F.silu(pointwise(self.conv_inverted, x))
         image = torch.unflatten(hidden, 1, grid).permute(0, 3, 1, 2)  # (B,5D,H,W), channels_last
         value, gate = self.conv_depth(image).permute(0, 2, 3, 1).flatten(1, 2).chunk(2, dim=-1)
-        return F.linear(value * F.silu(gate), self.conv_point.weight.flatten(1))
+        return pointwise(self.conv_point, value * F.silu(gate))

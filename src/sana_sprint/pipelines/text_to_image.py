@@ -14,6 +14,8 @@ from sana_sprint.pipelines.callbacks import StepCallback, StepHook, check_tensor
 from sana_sprint.pipelines.core import (
     Conditioning,
     Generators,
+    Steering,
+    by_text_alone,
     check_count,
     choose_generators,
     decode,
@@ -55,7 +57,7 @@ class SanaSprintPipeline(BasePipeline):
         clean_caption: clean the prompts of what captions from the web bring along; needs ftfy and beautifulsoup4.
         use_resolution_binning: draw at the trained size of the nearest aspect ratio, then resize and crop. False
             draws the size itself, which must be a multiple of the pixels per token.
-        attention_kwargs: None or empty; its one published entry, a LoRA's "scale", needs a LoRA, and none is loaded.
+        attention_kwargs: {"scale": x} multiplies the loaded LoRAs by x in this call; the weights for the last x are kept.
         callback_on_step_end: called after each step as `callback(pipeline, i, t, tensors)`; may return a dict of
             tensors to go on with. An exception it raises ends the call.
         callback_on_step_end_tensor_inputs: what `tensors` holds: "latents" (B,C,h,w), as published in data space (half
@@ -110,9 +112,11 @@ class SanaSprintPipeline(BasePipeline):
         complex_human_instruction: Sequence[str] | None = COMPLEX_HUMAN_INSTRUCTION,
         *,
         seed: int | Sequence[int] | None = None,
+        _steering: Steering = by_text_alone,
     ) -> SanaSprintOutput | tuple[Pictures]:
         """See the class for arguments and errors."""
-        self._check_call(output_type, attention_kwargs, callback_on_step_end_tensor_inputs)
+        self._check_call(output_type, callback_on_step_end_tensor_inputs)
+        transformer = self._transformer_at(attention_kwargs)
         prompts = Prompts(prompt, prompt_embeds, prompt_attention_mask)
         repeats = check_count("num_images_per_prompt", num_images_per_prompt)
         guidance = guidance_per_image(self.transformer, guidance_scale, prompts.count, repeats)
@@ -125,36 +129,33 @@ class SanaSprintPipeline(BasePipeline):
         size = self._plan_size(height, width, use_resolution_binning)
         generators, seeds = choose_generators(seed, generator, prompts.count * repeats)
         noise = self._noise(latents, prompts.count * repeats, size, generators)
+        steer = _steering(prompts.count, repeats, size, times)
         text = prompts.encode(
             self.prompt_encoder, clean_caption, max_sequence_length, complex_human_instruction
         )
-        conditioning = Conditioning.of(self.transformer, text, repeats, guidance)
+        conditioning = steer(Conditioning.of(transformer, text, repeats, guidance))
         hook = self._hook(callback_on_step_end, callback_on_step_end_tensor_inputs, conditioning)
         u0 = self._draw(conditioning, noise, times, generators, hook)
         images = u0 if output_type == "latent" else convert(fit(decode(self.vae, u0), size), output_type)
         output = SanaSprintOutput.of(
-            images,
-            size,
-            seeds=seeds,
-            times=tuple(times),
-            guidance=guidance,
-            dtype=dtype_name(self.dtype),
-            lost_tokens=text.lost_tokens,
+            images, size, seeds=seeds, times=tuple(times), guidance=guidance, **self._facts(conditioning)
         )
         return output if return_dict else (images,)
 
-    def _check_call(
-        self, output_type: str, attention_kwargs: Mapping[str, Any] | None, tensor_names: Sequence[str]
-    ) -> None:
+    def _check_call(self, output_type: str, tensor_names: Sequence[str]) -> None:
         self.need("transformer", "scheduler", *(["vae"] if output_type != "latent" else []))
         for name in self._modules():
             check_dtype(name, getattr(self, name).dtype)
         check_output_type(output_type)
         check_tensor_inputs(tensor_names)
-        if unknown := sorted(set(attention_kwargs or {}) - {"scale"}):
-            raise ValueError(f"attention_kwargs may hold 'scale' only, got: {', '.join(unknown)}")
-        if attention_kwargs:
-            raise ValueError("attention_kwargs['scale'] is the strength of a LoRA, and no LoRA is loaded")
+
+    def _facts(self, conditioning: Conditioning) -> dict[str, Any]:
+        """What the output tells of a call's conditioning."""
+        return {
+            "dtype": dtype_name(self.dtype),
+            "lost_tokens": conditioning.text.lost_tokens,
+            "conditions": conditioning.conditions,
+        }
 
     def _plan_size(self, height: int | None, width: int | None, use_binning: bool) -> Size:
         config, ratio = self.transformer.config, self.vae_scale_factor

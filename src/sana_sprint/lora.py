@@ -1,0 +1,354 @@
+"""LoRA: low-rank additions `W + strength * (alpha / r) * up @ down` to weights (arXiv 2106.09685, section 4.1).
+
+They are merged into the weights in fp32 and the originals are kept: drawing costs nothing more, every way of using a
+weight sees the addition, and taking it out again gives the original back bit for bit. Files are read strictly: a key
+that is not understood, names no layer or has another shape is an error.
+
+Keys, where PATH is a layer's name in the transformer: `transformer.PATH.lora_A.weight` and `.lora_B.weight` (diffusers,
+peft), `.lora.down.weight` and `.lora.up.weight` (older diffusers), `lora_transformer_PATH_WITH_UNDERSCORES.lora_down.weight`
+and `.lora_up.weight` (kohya). Alpha is a key `.alpha`, or in the file's metadata, or in peft's adapter_config.json; without
+any it is the rank.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps the adapter's settings in a file's metadata
+PEFT_CONFIG = "adapter_config.json"
+FILE_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.", "lora_transformer_", "lora_unet_")
+_KEY = re.compile(
+    r"(?P<layer>.+?)\.(?:(?:(?P<down>lora_A|lora_down|lora\.down)|lora_B|lora_up|lora\.up)(?:\.default)?\.weight"
+    r"|(?P<alpha>alpha))"
+)
+_SHOWN = 4  # names in a message before "..."
+
+
+# ----- one adapter ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The addition to one layer, `scale * up @ down`: down (r, inputs), up (outputs, r)."""
+
+    down: Tensor
+    up: Tensor
+    scale: float
+
+    def delta(self, device: torch.device) -> Tensor:
+        """(outputs, inputs) in fp32 on `device`."""
+        return self.scale * (self.up.to(device, torch.float32) @ self.down.to(device, torch.float32))
+
+
+Adapter = dict[str, LowRank]  # by the layer's name in the model
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """Tensors by their key, and the settings that came along (`lora_alpha`, `alpha_pattern`, `use_rslora`)."""
+
+    tensors: Mapping[str, Tensor]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def parse_adapter(file: AdapterFile, model: nn.Module) -> Adapter:
+    """What a file adds to each layer of `model`.
+
+    Raises:
+        ValueError: if the file is empty, has keys that are not LoRA's, names layers the model lacks, lacks the other
+            half of a layer, or holds other shapes than the model's.
+    """
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and name
+    }
+    by_spelling = {spelling: name for name in layers for spelling in (name, name.replace(".", "_"))}
+    halves: dict[str, dict[str, Tensor]] = {}
+    strange, unknown = [], []
+    for key, tensor in file.tensors.items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            strange.append(key)
+        elif (name := by_spelling.get(_without_prefix(match["layer"]))) is None:
+            unknown.append(key)
+        else:
+            halves.setdefault(name, {})["alpha" if match["alpha"] else "down" if match["down"] else "up"] = (
+                tensor
+            )
+    if strange:
+        raise ValueError(f"keys that are no LoRA's (of the kinds read here): {_first_few(strange)}")
+    if unknown:
+        raise ValueError(f"the LoRA is for layers that this model lacks: {_first_few(unknown)}")
+    if not halves:
+        raise ValueError("the LoRA is empty: nothing in it matches this model")
+    return {name: _low_rank(name, parts, layers[name], file.settings) for name, parts in halves.items()}
+
+
+def _without_prefix(layer: str) -> str:
+    for prefix in PREFIXES:
+        layer = layer.removeprefix(prefix)
+    return layer
+
+
+def _low_rank(
+    name: str, parts: Mapping[str, Tensor], layer: nn.Module, settings: Mapping[str, Any]
+) -> LowRank:
+    if missing := {"down", "up"} - set(parts):
+        raise ValueError(f"the LoRA of {name} has no {' and no '.join(sorted(missing))} matrix")
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    down, up = parts["down"].flatten(1), parts["up"].flatten(1)
+    outputs, inputs = weight.flatten(1).shape
+    rank = down.shape[0]
+    if down.shape[1] != inputs or up.shape != (outputs, rank):
+        raise ValueError(
+            f"the LoRA of {name} has shapes {tuple(parts['down'].shape)} and {tuple(parts['up'].shape)}; "
+            f"the layer's weight {tuple(weight.shape)} needs (rank, {inputs}) and ({outputs}, rank)"
+        )
+    alpha = float(parts["alpha"]) if "alpha" in parts else _alpha(name, rank, settings)
+    return LowRank(down, up, alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank))
+
+
+def _alpha(name: str, rank: int, settings: Mapping[str, Any]) -> float:
+    for pattern, alpha in (settings.get("alpha_pattern") or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", name):  # peft's rule: any end of the name
+            return float(alpha)
+    return float(settings.get("lora_alpha", rank))
+
+
+# ----- reading --------------------------------------------------------------------------------------------------------
+
+
+def read_adapter(
+    source: str | os.PathLike[str] | Mapping[str, Tensor],
+    *,
+    weight_name: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> AdapterFile:
+    """A safetensors file, a folder with one, a Hugging Face id `owner/name`, or the tensors themselves.
+
+    Args:
+        source: as above.
+        weight_name: the file's name in a folder or repository; otherwise it has a usual name or is the only one.
+        revision, cache_dir, token, local_files_only: huggingface_hub's.
+
+    Raises:
+        ValueError: if nothing is found, more than one file might be meant, or the file cannot be read.
+    """
+    if isinstance(source, Mapping):
+        return AdapterFile(source)
+    path = Path(source).expanduser()
+    if not path.exists() and isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        path = _download(
+            source,
+            weight_name,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+        )
+    file = _choose_file(path, weight_name)
+    tensors, metadata = _read(file)
+    settings = json.loads(metadata[METADATA_KEY]) if METADATA_KEY in metadata else {}
+    settings = {key.removeprefix("transformer."): value for key, value in settings.items()}
+    if not settings and (config := file.with_name(PEFT_CONFIG)).is_file():
+        settings = json.loads(config.read_text(encoding="utf-8"))
+    if settings.get("use_dora"):
+        raise ValueError(f"{file} is a DoRA, which also changes the weights' lengths; only LoRA is read")
+    return AdapterFile(tensors, settings)
+
+
+def _download(repo_id: str, weight_name: str | None, **how: Any) -> Path:
+    from huggingface_hub import snapshot_download  # lazy: files on this machine do not need it
+
+    try:
+        patterns = [weight_name or "*.safetensors", PEFT_CONFIG]
+        return Path(snapshot_download(repo_id, allow_patterns=patterns, **how))
+    except Exception as error:  # the Hub's client raises its HTTP library's, the system's and its own kinds
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"no such LoRA: {repo_id!r} is no file or folder here and could not be downloaded: {first_line}"
+        ) from error
+
+
+def _choose_file(path: Path, weight_name: str | None) -> Path:
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise ValueError(f"no such LoRA: {str(path)!r}; allowed: a safetensors file, a folder, a Hub id")
+    names = sorted(file.name for file in path.glob("*.safetensors"))
+    wanted = [weight_name] if weight_name else list(FILE_NAMES)
+    found = [name for name in wanted if (path / name).is_file()] or ([] if weight_name else names)
+    if len(found) != 1:
+        raise ValueError(
+            f"{path} holds {weight_name or 'one LoRA'} not: its safetensors files are {_first_few(names) or 'none'}; "
+            "choose one by weight_name"
+        )
+    return path / found[0]
+
+
+def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt", device="cpu") as reader:
+            tensors = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118  (not a mapping)
+            return tensors, reader.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
+
+
+def _first_few(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+
+
+# ----- adapters in a model --------------------------------------------------------------------------------------------
+
+
+class Adapters:
+    """The LoRAs of one model, by name, and the original weights of the layers they change.
+
+    Its methods write to the model: no call may be running meanwhile.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.weights: dict[str, float] = {}  # of the active ones
+        self.fused = False
+        self._adapters: dict[str, Adapter] = {}
+        self._originals: dict[str, nn.Parameter] = {}
+        self._other: tuple[object, nn.Module] | None = None  # the copy that `at` made last
+
+    @property
+    def names(self) -> list[str]:
+        """All that are loaded, in that order."""
+        return list(self._adapters)
+
+    def add(self, name: str | None, adapter: Adapter) -> str:
+        """Take in an adapter and use it, with weight 1, beside those in use; returns its name."""
+        self._refuse_fused("loading another LoRA")
+        name = f"default_{len(self._adapters)}" if name is None else name
+        if name in self._adapters:
+            raise ValueError(f"a LoRA named {name!r} is loaded already; loaded: {', '.join(self.names)}")
+        for layer in adapter:
+            self._originals.setdefault(layer, _weight(self.model, layer))
+        self._adapters[name] = adapter
+        self._use({**self.weights, name: 1.0})
+        return name
+
+    def use(self, weights: Mapping[str, float]) -> None:
+        """Exactly these adapters, each times its weight; the others stay loaded."""
+        self._refuse_fused("set_adapters")
+        if unknown := [name for name in weights if name not in self._adapters]:
+            raise ValueError(
+                f"no LoRA named {', '.join(map(repr, unknown))}; loaded: {', '.join(self.names) or 'none'}"
+            )
+        if wrong := [weight for weight in weights.values() if not math.isfinite(weight)]:
+            raise ValueError(f"a LoRA's weight must be a finite number, got: {wrong[0]}")
+        self._use(dict(weights))
+
+    def fuse(self, scale: float) -> None:
+        """Multiply by `scale` and fix the result, until `unfuse`."""
+        self._refuse_fused("fuse_lora")
+        check_scale("lora_scale", scale)
+        self._write(self.model, scale)
+        self.fused = True
+
+    def unfuse(self) -> None:
+        """Back to adapters that can be changed, at scale 1."""
+        if not self.fused:
+            raise ValueError("no LoRA is fused")
+        self.fused = False
+        self._write(self.model, 1.0)
+
+    def remove(self) -> None:
+        """The original weights, bit for bit."""
+        self._use({})
+
+    def at(self, scale: float) -> nn.Module:
+        """The model with all adapters multiplied by `scale`: itself at 1, else a copy that shares all other weights.
+
+        The last copy is kept.
+        """
+        self._refuse_fused("attention_kwargs['scale']")
+        check_scale("attention_kwargs['scale']", scale)
+        if scale == 1.0:
+            return self.model
+        places = [_weight(self.model, layer) for layer in self._originals]
+        key = (scale, [(place.device, place.dtype) for place in places], self.model.training)
+        if self._other is None or self._other[0] != key:
+            other = _shallow_copy(self.model)
+            self._write(other, scale)
+            self._other = key, other
+        return self._other[1]
+
+    def _refuse_fused(self, what: str) -> None:
+        if self.fused:
+            raise ValueError(f"{what} has no effect on a fused LoRA: call unfuse_lora first")
+
+    def _use(self, weights: dict[str, float]) -> None:
+        self.weights = weights
+        self._write(self.model, 1.0)
+        self._other = None
+
+    def _write(self, model: nn.Module, scale: float) -> None:
+        for layer, original in self._originals.items():
+            _owner(model, layer).weight = self._merged(layer, original, _weight(model, layer), scale)
+
+    def _merged(self, layer: str, original: nn.Parameter, place: Tensor, scale: float) -> nn.Parameter:
+        """The layer's weight where and in the dtype in which `place`, its present one, is."""
+        parts = [
+            (scale * weight, self._adapters[name][layer])
+            for name, weight in self.weights.items()
+            if layer in self._adapters[name] and scale * weight
+        ]
+        if not parts and (original.device, original.dtype) == (place.device, place.dtype):
+            return original
+        with torch.no_grad():
+            total = original.to(place.device)
+            if parts:
+                changes = sum(strength * part.delta(place.device) for strength, part in parts)
+                total = total.float() + torch.as_tensor(changes).view(total.shape)
+            return nn.Parameter(total.to(place.dtype), requires_grad=original.requires_grad)
+
+
+def check_scale(name: str, value: float) -> None:
+    """Raise ValueError unless `value` is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got: {value!r}")
+
+
+def _owner(model: nn.Module, layer: str) -> nn.Module:
+    return model.get_submodule(layer)
+
+
+def _weight(model: nn.Module, layer: str) -> nn.Parameter:
+    weight = _owner(model, layer).weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
+
+
+def _shallow_copy(module: nn.Module) -> nn.Module:
+    """Other modules with the same parameters and buffers: replacing one of these leaves the original alone."""
+    twin = copy.copy(module)
+    twin._parameters = dict(module._parameters)
+    twin._modules = {
+        name: None if child is None else _shallow_copy(child) for name, child in module._modules.items()
+    }
+    return twin

@@ -1,0 +1,102 @@
+"""Layers that hold codes in place of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sana_sprint.quantize.formats import PRESETS, decode, encode, storage
+from sana_sprint.quantize.products import fp8_rows, int8_convolution, int8_rows, pack, pack_convolution
+
+
+class QuantizedLayer(nn.Module):
+    """Codes and scales under a layer's name, of a weight of `shape`; the scale's dtype is the layer's.
+
+    A file holds `codes`, `scale` and, if the layer has one, `bias`.
+    """
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d, preset: str) -> None:
+        """Unset codes for a layer like this one; see `of`."""
+        super().__init__()
+        weight = layer.weight
+        self.preset = preset
+        self.shape = tuple(weight.shape)
+        codes, kind, scale = storage(preset, weight.shape[0], weight[0].numel())
+        self.register_buffer("codes", torch.empty(codes, dtype=kind))
+        self.register_buffer("scale", torch.empty(scale, dtype=weight.dtype))
+        self.bias = layer.bias
+        self._packed: tuple[int, Tensor] | None = None
+
+    @classmethod
+    def of(cls, layer: nn.Linear | nn.Conv2d, preset: str) -> Self:
+        """The layer, quantised."""
+        quantized = cls(layer, preset)
+        codes, scale = encode(layer.weight.detach().flatten(1), preset)
+        quantized.codes = codes
+        quantized.scale = scale.to(layer.weight.dtype)
+        return quantized.train(layer.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """What codes and scales stand for, made anew at each access."""
+        codes, scale = self._buffers["codes"], self._buffers["scale"]
+        assert codes is not None
+        assert scale is not None
+        return decode(codes, scale, self.preset).view(self.shape)
+
+    def extra_repr(self) -> str:
+        return f"{self.shape}, {self.preset}"
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The layer as a linear map of the last axis."""
+        if not PRESETS[self.preset].rounds_activations:
+            return F.linear(x, self.weight.flatten(1), self.bias)
+        flat, scale = x.reshape(-1, x.shape[-1]), self.scale.flatten()
+        if self.preset == "fp8":
+            out = fp8_rows(flat, self.codes, scale)
+        else:
+            packed = self.packed(lambda: pack(self.codes)) if x.device.type == "cpu" else None
+            out = int8_rows(flat, self.codes, packed, scale)
+        if self.bias is not None:
+            out = out + self.bias
+        return out.view(*x.shape[:-1], -1)
+
+    def packed(self, make: Callable[[], Tensor]) -> Tensor:
+        """The codes in the kernel's order, made once for as long as they stay where they are."""
+        place = self.codes.data_ptr()
+        if self._packed is None or self._packed[0] != place:
+            self._packed = place, make()
+        return self._packed[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": None}  # an opaque tensor, which can be neither copied nor pickled
+
+
+class QuantizedLinear(QuantizedLayer):
+    """In place of `nn.Linear`, and of the transformer's 1x1 convolutions, which act on tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., inputs) -> (..., outputs)."""
+        return self.rows(x)
+
+
+class QuantizedConv2d(QuantizedLayer):
+    """In place of a convolution without groups or dilation, (B,C,H,W) -> (B,outputs,H',W')."""
+
+    def __init__(self, layer: nn.Conv2d, preset: str) -> None:
+        super().__init__(layer, preset)
+        self.stride, self.padding = list(layer.stride), [int(side) for side in layer.padding]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.shape[2:] == (1, 1):  # a map of pixels, each rounded on its own
+            return self.rows(x.movedim(1, -1)).movedim(-1, 1)
+        if self.preset != "int8":
+            return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+        scale, codes = self.scale.flatten(), self.codes.view(self.shape)
+        packed = self.packed(lambda: pack_convolution(codes, scale, self.stride, self.padding))
+        out = int8_convolution(x, packed, scale, self.stride, self.padding)
+        return out if self.bias is None else out + self.bias[:, None, None]
