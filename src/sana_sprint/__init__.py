@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sana_sprint.models.autoencoder import AutoencoderDC
+    from sana_sprint.models.controlnet import SanaControlNetModel
     from sana_sprint.models.text_encoder import PromptEncoder
     from sana_sprint.models.transformer import SanaTransformer2DModel
+    from sana_sprint.pipelines.controlnet import SanaSprintControlNetPipeline
     from sana_sprint.pipelines.output import SanaSprintOutput
     from sana_sprint.pipelines.text_to_image import SanaSprintPipeline
     from sana_sprint.sampling import SCMScheduler
@@ -22,6 +24,8 @@ __all__ = [
     "AutoencoderDC",
     "PromptEncoder",
     "SCMScheduler",
+    "SanaControlNetModel",
+    "SanaSprintControlNetPipeline",
     "SanaSprintOutput",
     "SanaSprintPipeline",
     "SanaTransformer2DModel",
@@ -33,6 +37,8 @@ _HOME = {
     "AutoencoderDC": "models.autoencoder",
     "PromptEncoder": "models.text_encoder",
     "SCMScheduler": "sampling",
+    "SanaControlNetModel": "models.controlnet",
+    "SanaSprintControlNetPipeline": "pipelines.controlnet",
     "SanaSprintOutput": "pipelines.output",
     "SanaSprintPipeline": "pipelines.text_to_image",
     "SanaTransformer2DModel": "models.transformer",

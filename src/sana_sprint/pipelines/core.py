@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from sana_sprint.images import resize_and_crop
@@ -113,6 +114,7 @@ class Conditioning:
     text: TextInputs  # one row per image
     context: CaptionContext
     guidance: Tensor | None  # (B,) fp32
+    conditions: tuple[Image.Image, ...] = ()  # pictures that are followed, one per image
 
     @classmethod
     def of(
@@ -138,6 +140,16 @@ class Conditioning:
         """The flow model, fp32 in and out."""
         v: Tensor = self.transformer(x, flow_t, self.context, self.guidance)
         return v
+
+
+Steer = Callable[[Conditioning], Conditioning]
+# (prompts, images per prompt, size, times) of a call, all checked -> what else its conditioning is to hold
+Steering = Callable[[int, int, Size, Sequence[float]], Steer]
+
+
+def by_text_alone(num_prompts: int, repeats: int, size: Size, times: Sequence[float]) -> Steer:
+    """The steering of a pipeline that has nothing to follow but the prompt."""
+    return lambda conditioning: conditioning
 
 
 def draw_latents(
@@ -167,7 +179,17 @@ def draw_latents(
     )
 
 
-# ----- latents to pictures --------------------------------------------------------------------------------------------
+# ----- pictures to latents and back -----------------------------------------------------------------------------------
+
+
+def encode(vae: Any, pictures: Tensor) -> Tensor:
+    """Pictures (B,3,H,W) in [-1,1] -> latents (B,C,h,w) of unit variance, fp32.
+
+    Raises:
+        NonFiniteError: if the latents hold NaN or infinity.
+    """
+    latent: Tensor = vae.encode(pictures.to(vae.device, vae.dtype))
+    return check_finite(latent, "the autoencoder's encoder").float() * vae.config.scaling_factor
 
 
 def decode(vae: Any, u0: Tensor) -> Tensor:

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 
 from sana_sprint.models.autoencoder import AutoencoderDC
+from sana_sprint.models.controlnet import SanaControlNetModel
 from sana_sprint.models.text_encoder import load_text_encoder, load_tokenizer
 from sana_sprint.models.transformer import SanaTransformer2DModel
 from sana_sprint.numerics import component_dtypes
 from sana_sprint.sampling import SCMScheduler
 from sana_sprint.weights import (
+    CONFIG_NAME,
     ModelIndex,
     WeightsError,
     available_variants,
@@ -25,7 +27,11 @@ from sana_sprint.weights import (
 )
 
 # Subfolders with weights, in the order in which they are loaded: the largest comes last, after errors have shown.
-MODEL_CLASSES: dict[str, Any] = {"vae": AutoencoderDC, "transformer": SanaTransformer2DModel}
+MODEL_CLASSES: dict[str, Any] = {
+    "vae": AutoencoderDC,
+    "controlnet": SanaControlNetModel,
+    "transformer": SanaTransformer2DModel,
+}
 MODULES = (*MODEL_CLASSES, "text_encoder")
 SPREADS = ("auto", "balanced")
 
@@ -48,9 +54,11 @@ def load_components(
     """Component name -> object, for each of `names`.
 
     Args:
-        folder: with model_index.json and a subfolder per component.
+        folder: with model_index.json and a subfolder per component. A controlnet's subfolder counts without being listed
+            there: other pipelines do without it.
         names: what the pipeline is made of.
-        given: components that are not read but taken from here; None means the pipeline does without it.
+        given: components that are taken from here: the object, or the path of a folder of it or with it; None means
+            the pipeline does without it.
         dtype: see `numerics.component_dtypes`. None keeps the stored dtypes.
         device_map: see `plan_devices`.
         variant: read these weight files; a component that lacks them is read from its plain files.
@@ -61,13 +69,15 @@ def load_components(
     names = list(names)
     modules = [name for name in MODULES if name in names]
     dtypes, devices = component_dtypes(dtype, modules), plan_devices(device_map, modules)
-    index = read_model_index(folder)
+    listed = dict(read_model_index(folder).components)
+    if is_model_folder(folder / "controlnet"):
+        listed.setdefault("controlnet", ("diffusers", SanaControlNetModel.published_class_name))
     wanted = [name for name in names if name not in given]
-    if missing := [name for name in wanted if name not in index.components]:
+    if missing := [name for name in wanted if name not in listed]:
         raise WeightsError(
             f"model_index.json in {folder} lacks {', '.join(missing)}; pass them to from_pretrained, or None to do without"
         )
-    present = [name for name in wanted if index.components[name] is not None]
+    present = [name for name in wanted if listed[name] is not None]
     variants = _choose_variants(folder, [name for name in modules if name in present], variant)
     readers: dict[str, Callable[[Path], Any]] = {
         "scheduler": SCMScheduler.from_pretrained,
@@ -75,8 +85,23 @@ def load_components(
     }
     for name in modules:
         readers[name] = _module_reader(name, dtypes[name], devices[name], variants.get(name))
-    loaded = {name: read(folder / name) for name, read in readers.items() if name in present}
-    return {name: given[name] if name in given else loaded.get(name) for name in names}
+    places = {name: folder / name for name in present}
+    places |= {
+        name: _place(value, name) for name, value in given.items() if isinstance(value, str | os.PathLike)
+    }
+    loaded = {name: read(places[name]) for name, read in readers.items() if name in places}
+    return {name: loaded[name] if name in loaded else given.get(name) for name in names}
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Whether a model can be expected in `folder`."""
+    return (folder / CONFIG_NAME).is_file()
+
+
+def _place(given: str | os.PathLike[str], name: str) -> Path:
+    """A component's folder, which is given itself or as one that has the component in it."""
+    folder = Path(given)
+    return folder / name if (folder / name).is_dir() else folder
 
 
 def _module_reader(

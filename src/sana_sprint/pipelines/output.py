@@ -28,6 +28,8 @@ class SanaSprintOutput:
     guidance: guidance scale per image; None if the model has none.
     height, width: of the pictures. model_height, model_width: what the model drew, before resizing and cropping.
     dtype: the transformer's, such as "bfloat16".
+    conditions: the pictures that were followed, as the model saw them, one PIL picture per image; empty if drawn from text
+        alone.
     truncated, lost_tokens: per prompt, whether its end was cut off, and how many tokens that were.
     """
 
@@ -41,6 +43,7 @@ class SanaSprintOutput:
     model_width: int
     dtype: str
     lost_tokens: tuple[int, ...]
+    conditions: tuple[Image.Image, ...] = ()
 
     @classmethod
     def of(cls, images: Pictures, size: Size, **facts: Any) -> SanaSprintOutput:
