@@ -33,6 +33,7 @@ _KEY = re.compile(
     r"(?P<layer>.+?)\.(?:(?:(?P<down>lora_A|lora_down|lora\.down)|lora_B|lora_up|lora\.up)(?:\.default)?\.weight"
     r"|(?P<alpha>alpha))"
 )
+_HOME = "_lora"  # attribute of the model that holds its adapters
 _SHOWN = 4  # names in a message before "..."
 
 
@@ -235,6 +236,15 @@ class Adapters:
         self._originals: dict[str, nn.Parameter] = {}
         self._other: tuple[object, nn.Module] | None = None  # the copy that `at` made last
 
+    @classmethod
+    def inside(cls, model: nn.Module) -> Adapters:
+        """Those of `model`, new ones if it has none. They belong to it, so pipelines that share it agree about them."""
+        adapters = adapters_of(model)
+        if adapters is None:
+            adapters = cls(model)
+            setattr(model, _HOME, adapters)
+        return adapters
+
     @property
     def names(self) -> list[str]:
         """All that are loaded, in that order."""
@@ -326,6 +336,17 @@ class Adapters:
                 changes = sum(strength * part.delta(place.device) for strength, part in parts)
                 total = total.float() + torch.as_tensor(changes).view(total.shape)
             return nn.Parameter(total.to(place.dtype), requires_grad=original.requires_grad)
+
+
+def adapters_of(model: nn.Module) -> Adapters | None:
+    """The LoRAs in `model`, None if there are none."""
+    return getattr(model, _HOME, None)
+
+
+def settle(model: nn.Module) -> None:
+    """Forget the LoRAs in `model`; the weights stay as they are now, and the way back is gone."""
+    if hasattr(model, _HOME):
+        delattr(model, _HOME)
 
 
 def check_scale(name: str, value: float) -> None:

@@ -8,9 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sana_sprint.lora import Adapters, parse_adapter, read_adapter
-
-_HOME = "_lora"  # on the transformer, so that pipelines which share it agree about its weights
+from sana_sprint.lora import Adapters, adapters_of, parse_adapter, read_adapter, settle
 
 
 class LoraMethods:
@@ -46,9 +44,7 @@ class LoraMethods:
             )
         file = read_adapter(source, weight_name=weight_name, **hub)
         adapter = parse_adapter(file, transformer)
-        adapters = getattr(transformer, _HOME, None) or Adapters(transformer)
-        adapters.add(adapter_name, adapter)
-        setattr(transformer, _HOME, adapters)
+        Adapters.inside(transformer).add(adapter_name, adapter)
 
     def set_adapters(
         self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
@@ -80,7 +76,7 @@ class LoraMethods:
         if adapters is not None:
             if not adapters.fused:
                 adapters.remove()
-            delattr(self.transformer, _HOME)
+            settle(self.transformer)
 
     def _transformer(self) -> Any:
         if self.transformer is None:
@@ -88,7 +84,7 @@ class LoraMethods:
         return self.transformer
 
     def _find_adapters(self) -> Adapters | None:
-        return getattr(self._transformer(), _HOME, None)
+        return adapters_of(self._transformer())
 
     def _adapters(self) -> Adapters:
         adapters = self._find_adapters()

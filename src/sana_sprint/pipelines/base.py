@@ -16,7 +16,9 @@ from sana_sprint.pipelines.adapting import LoraMethods
 from sana_sprint.pipelines.core import check_count
 from sana_sprint.pipelines.loading import DeviceMap, DtypeRequest, load_components, save_components
 from sana_sprint.pipelines.prompting import Prompts
+from sana_sprint.pipelines.quantized import check_move, quantize_components
 from sana_sprint.prompts import DEFAULT_MAX_SEQUENCE_LENGTH
+from sana_sprint.quantize import parse_request
 from sana_sprint.weights import resolve_folder
 
 DEFAULT_COMPRESSION = 32  # pixels per latent cell when there is no autoencoder to ask, as published
@@ -64,6 +66,7 @@ class BasePipeline(LoraMethods):
         cache_dir: str | os.PathLike[str] | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
+        quantization_config: Any = None,
         **components: Any,
     ) -> Self:
         """A pipeline from a name.
@@ -77,6 +80,7 @@ class BasePipeline(LoraMethods):
                 last accelerator, the rest on the first). None is the CPU.
             variant: weight files of this variant where a component has them, such as "fp16".
             revision, cache_dir, token, local_files_only: for the Hub, see `weights.resolve_folder`.
+            quantization_config: as for `quantize`; ready-made components are left as they are.
             components: ready-made ones in place of those in the folder, or None to do without, as in
                 `text_encoder=None`.
 
@@ -97,7 +101,8 @@ class BasePipeline(LoraMethods):
             token=token,
             local_files_only=local_files_only,
         )
-        return cls(
+        presets = parse_request(quantization_config, cls.component_names)
+        pipeline = cls(
             **load_components(
                 folder,
                 cls.component_names,
@@ -107,6 +112,9 @@ class BasePipeline(LoraMethods):
                 variant=variant,
             )
         )
+        made = [name for name, part in components.items() if part is None or isinstance(part, nn.Module)]
+        pipeline.quantize({name: preset for name, preset in presets.items() if name not in made})
+        return pipeline
 
     @classmethod
     def from_pipe(cls, pipeline: BasePipeline, **components: Any) -> Self:
@@ -211,8 +219,23 @@ class BasePipeline(LoraMethods):
         modules = self._modules()
         for name in modules:
             check_dtype(name, kind)
+        check_move(modules, device)
         for module in modules.values():
             module.to(device=device, dtype=kind)
+        return self
+
+    def quantize(self, request: Any) -> Self:
+        """Quantise components in place; loaded LoRAs are merged for good first.
+
+        Args:
+            request: a preset ("int8", "int8-weights", "fp8", "int4-weights", "nf4") for the transformer and the text
+                encoder; a mapping such as {"transformer": "int8", "vae": "int8"}; or objects as published:
+                BitsAndBytesConfig, TorchAoConfig, PipelineQuantizationConfig. See `sana_sprint.quantize`.
+
+        Raises:
+            ValueError: before anything is changed, for a bad request or what the component's device cannot run.
+        """
+        quantize_components(self.components, request)
         return self
 
     # ----- the autoencoder's memory -----------------------------------------------------------------------------------

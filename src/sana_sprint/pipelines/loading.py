@@ -14,6 +14,7 @@ from sana_sprint.models.controlnet import SanaControlNetModel
 from sana_sprint.models.text_encoder import load_text_encoder, load_tokenizer
 from sana_sprint.models.transformer import SanaTransformer2DModel
 from sana_sprint.numerics import component_dtypes
+from sana_sprint.pipelines.quantized import load_quantized, note_preset, stored_preset
 from sana_sprint.sampling import SCMScheduler
 from sana_sprint.weights import (
     CONFIG_NAME,
@@ -70,7 +71,7 @@ def load_components(
     modules = [name for name in MODULES if name in names]
     dtypes, devices = component_dtypes(dtype, modules), plan_devices(device_map, modules)
     listed = dict(read_model_index(folder).components)
-    if is_model_folder(folder / "controlnet"):
+    if (folder / "controlnet" / CONFIG_NAME).is_file():
         listed.setdefault("controlnet", ("diffusers", SanaControlNetModel.published_class_name))
     wanted = [name for name in names if name not in given]
     if missing := [name for name in wanted if name not in listed]:
@@ -93,11 +94,6 @@ def load_components(
     return {name: loaded[name] if name in loaded else given.get(name) for name in names}
 
 
-def is_model_folder(folder: Path) -> bool:
-    """Whether a model can be expected in `folder`."""
-    return (folder / CONFIG_NAME).is_file()
-
-
 def _place(given: str | os.PathLike[str], name: str) -> Path:
     """A component's folder, which is given itself or as one that has the component in it."""
     folder = Path(given)
@@ -108,6 +104,9 @@ def _module_reader(
     name: str, dtype: torch.dtype | None, device: torch.device, variant: str | None
 ) -> Callable[[Path], Any]:
     def read(folder: Path) -> Any:
+        if (preset := stored_preset(folder)) is not None:
+            cls = MODEL_CLASSES.get(name)
+            return load_quantized(cls, name, folder, preset, dtype=dtype, device=device, variant=variant)
         if name == "text_encoder":
             return load_text_encoder(folder, dtype=dtype, device=device, variant=variant)
         return load_model(MODEL_CLASSES[name], folder, dtype=dtype, device=device, variant=variant)
@@ -177,7 +176,7 @@ def save_components(
     variant: str | None = None,
     max_shard_size: int | str = "5GB",
 ) -> None:
-    """Write a pipeline folder that diffusers reads too; components that are None are noted as absent.
+    """Write a pipeline folder that diffusers reads too, unless a component is quantised; None is noted as absent.
 
     model_index.json is written last, so that a folder whose writing failed is not taken for a model.
 
@@ -195,6 +194,7 @@ def save_components(
             component.save_pretrained(target, variant=variant, max_shard_size=max_shard_size)
         else:
             component.save_pretrained(target)
+        note_preset(component, target)
     classes = {name: _published_class(name, component) for name, component in components.items()}
     write_model_index(folder, ModelIndex(class_name=class_name, components=classes))
 

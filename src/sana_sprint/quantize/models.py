@@ -61,7 +61,8 @@ def _check_preset(preset: str) -> None:
 def _why_not(preset: str, component: str, device: torch.device) -> str | None:
     if not PRESETS[preset].rounds_activations:
         return None
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    has_cuda = device.type == "cuda" and torch.cuda.is_available()
+    capability = torch.cuda.get_device_capability(device) if has_cuda else (0, 0)
     if preset == "fp8":
         if component == "vae":
             return "has no kernels: its convolutions exist in int8 only"

@@ -23,7 +23,7 @@ _FEWEST_ROWS = 32  # torch._int_mm takes no fewer than 17
 
 def pack(codes: Tensor) -> Tensor:
     """Weight codes (outputs, inputs) int8 in the order in which the CPU's kernel reads them."""
-    packed: Tensor = torch.ops.onednn.qlinear_prepack(codes.t(), None)
+    packed: Tensor = _op("qlinear_prepack")(codes, None)
     return packed
 
 
