@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -85,9 +85,7 @@ def condition(
     Raises:
         ValueError: for an unknown kind, a picture that cannot be read or says nothing, and a package not installed.
     """
-    check_kind(kind)
-    if thickness is not None and (kind != "scribble" or thickness < 1):
-        raise ValueError(f"thickness is for scribbles and at least 1 pixel, got: {thickness} for {kind!r}")
+    check_kind(kind, thickness)
     source = open_picture(picture)
     if kind == "scribble":
         lines = scribble(source, height, width)
@@ -102,16 +100,18 @@ def condition(
     return _as_picture(edges(_luma(fitted)))
 
 
-def check_kind(kind: str | None) -> None:
-    """Raise ValueError for an unknown one."""
+def check_kind(kind: str | None, thickness: int | None = None) -> None:
+    """Raise ValueError for an unknown kind, and for a thickness that is none or that it has no use for."""
     if kind is not None and kind not in KINDS:
         raise ValueError(
             f"kind must be one of {', '.join(KINDS)}, or None for a ready condition; got: {kind!r}"
         )
+    if thickness is not None and (kind != "scribble" or thickness < 1):
+        raise ValueError(f"thickness is for scribbles and at least 1 pixel, got: {thickness} for {kind!r}")
 
 
 def open_picture(picture: Picture) -> Image.Image:
-    """The picture, read whole. Raises ValueError if that fails or it is smaller than 8 pixels."""
+    """The picture, read whole and the right way up. Raises ValueError if that fails or it is smaller than 8 pixels."""
     if isinstance(picture, str | os.PathLike):
         try:
             with Image.open(picture) as opened:
@@ -124,7 +124,7 @@ def open_picture(picture: Picture) -> Image.Image:
     if min(picture.size) < MIN_SIDE:
         width, height = picture.size
         raise ValueError(f"the picture is {width}x{height} pixels; each side must have at least {MIN_SIDE}")
-    return picture
+    return ImageOps.exif_transpose(picture)
 
 
 def _fitted(images: Tensor, height: int, width: int) -> Tensor:
@@ -182,7 +182,7 @@ def _ink(picture: Tensor) -> Tensor:
 
 
 def redraw(lines: Tensor, thickness: int) -> Tensor:
-    """Lines (H,W) of any width with the same middle and `thickness` pixels."""
+    """Lines (H,W) of any width with the same middle and `thickness` pixels, one more where that is between two."""
     middle = torch.zeros_like(lines)
     while lines.any():  # the morphological skeleton: what an opening removes at each erosion
         smaller = erode(lines, 3)

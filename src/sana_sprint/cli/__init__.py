@@ -14,7 +14,17 @@ from typer.core import TyperGroup
 from sana_sprint import __version__
 from sana_sprint.cli.common import report_errors
 
-COMMANDS = ("generate", "demo", "info", "train", "data", "evaluate", "export", "serve")  # modules and names in them
+COMMANDS = (
+    "generate",
+    "control",
+    "demo",
+    "info",
+    "train",
+    "data",
+    "evaluate",
+    "export",
+    "serve",
+)  # modules and names in them
 CONTEXT = {"help_option_names": ["-h", "--help"]}
 
 

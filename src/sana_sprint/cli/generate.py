@@ -6,7 +6,8 @@ import json
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -94,25 +95,63 @@ def generate(
 
     Example: sana-sprint generate "two apples on a blue background" -n 4 --seed 7 -o out/
     """
+    task = plan(prompts, file, num_images, seed, output, as_json)
+    arguments = {
+        **size_arguments(size),
+        **guidance_arguments(guidance),
+        **time_arguments(steps, max_timesteps, intermediate_timesteps),
+        **({"clean_caption": True} if clean_caption else {}),
+    }
+    wanted = ModelOptions(model, dtype, device, vae_tiling, vae_slicing)
+    task.run(lambda: load_pipeline(wanted), model, arguments)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a drawing command is to do, checked before anything is loaded.
+
+    texts: the prompts. jobs: prompt and seed of each picture. output, as_json: as the options of these names.
+    """
+
+    texts: list[str]
+    jobs: list[tuple[str, int]]
+    output: Path
+    as_json: bool
+
+    def run(
+        self,
+        load: Callable[[], SanaSprintPipeline],
+        model: str,
+        arguments: dict[str, Any],
+        notes: Mapping[str, Any] | None = None,
+    ) -> list[Drawn]:
+        """Load the pipeline, draw with these arguments of its call, save, and say so; `notes` go into files and report."""
+        started = time.perf_counter()
+        with console().status(f"loading {model}"):
+            pipeline = load()
+        load_s = time.perf_counter() - started
+        notes = notes or {}
+        drawn, files = _draw_and_save(
+            pipeline, self.jobs, arguments, model, self.output, notes, show_lines=not self.as_json
+        )
+        _remark(drawn)
+        if self.as_json:
+            report = _report(
+                drawn, files, self.texts, model=model, device=str(pipeline.device), load_s=load_s
+            )
+            typer.echo(json.dumps({**report, **notes}, ensure_ascii=False))
+        return drawn
+
+
+def plan(
+    prompts: list[str] | None, file: Path | None, num_images: int, seed: int, output: Path, as_json: bool
+) -> Task:
+    """A task from a command's options of these names; raises UsageError for what cannot be done."""
     texts = gather_prompts(prompts or [], file)
     repeated = [text for text in texts for _ in range(_at_least_one(num_images))]
     check_target(output, len(repeated))
-    arguments = {
-        **_size(size),
-        **_guidance(guidance),
-        **_times(steps, max_timesteps, intermediate_timesteps),
-        **({"clean_caption": True} if clean_caption else {}),
-    }
     jobs = list(zip(repeated, _seeds(seed, len(repeated)), strict=True))
-    started = time.perf_counter()
-    with console().status(f"loading {model}"):
-        pipeline = load_pipeline(ModelOptions(model, dtype, device, vae_tiling, vae_slicing))
-    load_s = time.perf_counter() - started
-    drawn, files = _draw_and_save(pipeline, jobs, arguments, model, output, show_lines=not as_json)
-    _remark(drawn)
-    if as_json:
-        report = _report(drawn, files, texts, model=model, device=str(pipeline.device), load_s=load_s)
-        typer.echo(json.dumps(report, ensure_ascii=False))
+    return Task(texts, jobs, output, as_json)
 
 
 # ----- the options' values, checked before anything is loaded ---------------------------------------------------------
@@ -124,7 +163,7 @@ def _at_least_one(num_images: int) -> int:
     return num_images
 
 
-def _size(text: str | None) -> dict[str, Any]:
+def size_arguments(text: str | None) -> dict[str, Any]:
     if text is None:
         return {}
     match = re.fullmatch(r"(\d{1,6})(?:[xX](\d{1,6}))?", text.strip())
@@ -136,7 +175,7 @@ def _size(text: str | None) -> dict[str, Any]:
     return {"width": width, "height": height}
 
 
-def _guidance(scale: float | None) -> dict[str, Any]:
+def guidance_arguments(scale: float | None) -> dict[str, Any]:
     if scale is None:
         return {}
     if not 0 <= scale < math.inf:
@@ -144,7 +183,7 @@ def _guidance(scale: float | None) -> dict[str, Any]:
     return {"guidance_scale": scale}
 
 
-def _times(steps: int, first: float | None, second: float | None) -> dict[str, Any]:
+def time_arguments(steps: int, first: float | None, second: float | None) -> dict[str, Any]:
     from sana_sprint.sampling import PUBLISHED_MAX, schedule
 
     if second is not None and steps != 2:
@@ -178,6 +217,7 @@ def _draw_and_save(
     arguments: dict[str, Any],
     model: str,
     output: Path,
+    notes: Mapping[str, Any],
     *,
     show_lines: bool,
 ) -> tuple[list[Drawn], list[Path]]:
@@ -186,7 +226,7 @@ def _draw_and_save(
         task = bar.add_task("drawing", total=len(jobs) * arguments["num_inference_steps"])
         for picture in draw(pipeline, jobs, arguments, on_progress=lambda count: bar.advance(task, count)):
             name = f"{slug(picture.prompt)}-{picture.seed}"
-            file = write_picture(picture.image, output, name, picture.settings(model))
+            file = write_picture(picture.image, output, name, {**picture.settings(model), **notes})
             drawn.append(picture)
             files.append(file)
             if show_lines:

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 from sana_sprint.cli.common import CommandError, UsageError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sana_sprint.pipelines.controlnet import SanaSprintControlNetPipeline
     from sana_sprint.pipelines.text_to_image import SanaSprintPipeline
 
 # The text encoder and the autoencoder do not run in fp16: there only the transformer does.
@@ -35,7 +38,23 @@ class ModelOptions:
 
 
 def load_pipeline(options: ModelOptions) -> SanaSprintPipeline:
-    """A pipeline that is ready to be called.
+    """A pipeline from text that is ready to be called.
+
+    Raises:
+        UsageError: for a device that this machine lacks.
+        CommandError: if the model cannot be found or loaded.
+    """
+    return _load("text_to_image", "SanaSprintPipeline", options)
+
+
+def load_control_pipeline(options: ModelOptions, controlnet: Path | None) -> SanaSprintControlNetPipeline:
+    """As `load_pipeline`, for a pipeline that follows pictures; `controlnet` is a folder in place of the model's own."""
+    parts = {} if controlnet is None else {"controlnet": controlnet}
+    return _load("controlnet", "SanaSprintControlNetPipeline", options, **parts)
+
+
+def _load(module: str, name: str, options: ModelOptions, **parts: Any) -> Any:
+    """A ready pipeline of class `name` in `pipelines.module`; `parts` are components to use instead of the model's.
 
     Raises:
         UsageError: for a device that this machine lacks.
@@ -43,14 +62,15 @@ def load_pipeline(options: ModelOptions) -> SanaSprintPipeline:
     """
     device = choose_device(options.device)
     quieten()
-    from sana_sprint.pipelines.text_to_image import SanaSprintPipeline
-
+    pipeline_class = getattr(import_module(f"sana_sprint.pipelines.{module}"), name)
     try:
-        pipeline = SanaSprintPipeline.from_pretrained(
-            options.model, torch_dtype=DTYPES[options.dtype], device_map=device
+        pipeline = pipeline_class.from_pretrained(
+            options.model, torch_dtype=DTYPES[options.dtype], device_map=device, **parts
         )
     except ValueError as error:
         hint = "--dtype bf16 or --dtype fp32 may help" if "float16" in str(error) else MODEL_HINT
+        if "lacks controlnet" in str(error):
+            hint = "choose a --model that has a controlnet, or name a folder with one by --controlnet"
         raise CommandError(str(error), hint=hint) from error
     pipeline.set_progress_bar_config(disable=True)  # the commands have their own
     if options.vae_tiling:

@@ -107,7 +107,7 @@ class _Following:
     end: float
 
     def __post_init__(self) -> None:
-        check_kind(self.kind)
+        check_kind(self.kind, self.thickness)
         if not 0 <= self.scale < float("inf"):
             raise ValueError(
                 f"controlnet_conditioning_scale must be finite and at least 0, got: {self.scale}"
