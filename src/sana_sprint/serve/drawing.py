@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sana_sprint.images import to_pil
+from sana_sprint.pipelines.controlnet import SanaSprintControlNetPipeline
 from sana_sprint.pipelines.core import decode, fit
 from sana_sprint.pipelines.output import SanaSprintOutput
 from sana_sprint.pipelines.prompting import Prompts
@@ -42,7 +43,7 @@ class Pipelines:
     """What a loaded model can do: from text, and from text and a condition image if it has a ControlNet."""
 
     text: SanaSprintPipeline
-    control: Any = None
+    control: SanaSprintControlNetPipeline | None = None
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,8 @@ class _Batch:
                 callback_on_step_end_tensor_inputs=(),
                 **control,
             )
-        latents: Tensor = self.output.images
+        latents = self.output.images
+        assert isinstance(latents, Tensor)  # that is what "latent" means
         return latents
 
     def _pipeline(self, rows: list[_Row]) -> tuple[Any, dict[str, Any]]:
@@ -233,7 +235,7 @@ class _Batch:
         if self.pipelines.control is None:
             raise ValueError(NO_CONTROL)
         return self.pipelines.control, {
-            "image": [Image.fromarray(row.job.request.image) for row in rows],
+            "image": [Image.fromarray(i) for row in rows if (i := row.job.request.image) is not None],
             "kind": request.control_kind,
             "controlnet_conditioning_scale": request.control_scale,
         }

@@ -20,6 +20,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from sana_sprint.conditions import check_kind
 from sana_sprint.numerics import image_seeds
 from sana_sprint.resolutions import Size
 
@@ -61,7 +62,7 @@ class ImageRequest:
     n: pictures, from 1 up.
     height, width: pixels; None for the model's native side.
     image: a sketch or other condition, uint8 (H,W,3) of any size, for models with a ControlNet.
-    control_kind: what `image` is.
+    control_kind: what to make of `image`, see `conditions.condition`.
     control_scale: how closely to follow `image`, from 0 up.
 
     Raises ValueError for anything else, before a job exists. Limits (how large, how many) are the server's business.
@@ -90,6 +91,7 @@ class ImageRequest:
                 raise ValueError(f"{name} must be finite and at least 0, got: {value!r}")
         if self.seed is not None:
             image_seeds(self.seed, self.n)
+        check_kind(self.control_kind)
         image = self.image
         if image is not None and not (
             image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 
 from sana_sprint.serve.engine import BatchReport, Engine
 from sana_sprint.serve.job import Job
@@ -13,10 +20,11 @@ PICTURES = (1, 2, 4, 8, 16, 32)
 
 
 class Metrics:
-    """queue depth, batch sizes, seconds by stage, jobs by outcome, refusals by reason."""
+    """Queue depth, batch sizes, seconds by stage, jobs by outcome, refusals by code; the process' CPU and memory."""
 
     def __init__(self, engine: Engine) -> None:
         self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)
         depth = Gauge("sana_sprint_queue_depth", "Jobs that wait", registry=self._registry)
         depth.set_function(lambda: engine.queued)
         self._batches = Histogram(

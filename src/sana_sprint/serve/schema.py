@@ -16,6 +16,7 @@ from sana_sprint.serve.job import ImageRequest
 from sana_sprint.serve.settings import Settings
 
 OutputFormat = Literal["png", "jpeg", "webp"]
+ControlKind = Literal["scribble", "canny", "softedge"]  # the other kinds may fetch an annotator's weights
 Scale = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 RANDOM_SEED = -1
 LARGEST_SEED = MAX_SEED - 2**20  # picture i has seed + i, and no request has so many
@@ -105,7 +106,7 @@ def _check_limits(request: ImageRequest, settings: Settings) -> None:
 class Control(BaseModel):
     """How a condition image is used; further fields of edits and jobs."""
 
-    control_kind: str = Field("scribble", max_length=40)
+    control_kind: ControlKind = "scribble"
     control_scale: Scale = 1.0
 
     def with_image(self, image: np.ndarray | None) -> dict[str, Any]:
