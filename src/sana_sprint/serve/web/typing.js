@@ -1,0 +1,9 @@
+// When a change of the prompt is worth a picture: at the end of a word at once, within a word once the hand rests.
+
+const PAUSE_MS = 100; // less than between two keys of most people, more than within a run of them
+
+/** Milliseconds to wait after this input event. */
+export function typingDelay({ inputType, target }) {
+  const isLetter = inputType === "insertText" && /[\p{L}\p{N}]$/u.test(target.value.slice(0, target.selectionEnd));
+  return isLetter || inputType?.startsWith("delete") ? PAUSE_MS : 0;
+}
