@@ -63,7 +63,8 @@ class Engine:
         idle_unload_s: free the model's memory after so long without a job; None to keep it.
         cache_prompts: how many prompts' embeddings are kept.
 
-    `on_batch` functions are called on the engine's thread after each batch.
+    `on_submit` functions are called with each job that was accepted, `on_batch` functions on the engine's thread after each
+    batch.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Engine:
             )
         self.max_batch = max_batch
         self.max_queue = max_queue
+        self.on_submit: list[Callable[[Job], None]] = []
         self.on_batch: list[Callable[[BatchReport], None]] = []
         self.facts: ModelFacts | None = None  # None until the model was loaded once
         self._load = load
@@ -133,6 +135,8 @@ class Engine:
             self._waiting.append(job)
             self._changed.notify_all()
         job.future.add_done_callback(lambda _: self._forget(job))
+        for tell in self.on_submit:
+            tell(job)
         return job
 
     def close(self, timeout_s: float | None = None) -> None:

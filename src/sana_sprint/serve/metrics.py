@@ -41,16 +41,16 @@ class Metrics:
             "sana_sprint_jobs", "Jobs by how they ended", ["status"], registry=self._registry
         )
         self._refused = Counter(
-            "sana_sprint_refused", "Requests refused, by error code", ["code"], registry=self._registry
+            "sana_sprint_refused",
+            "Requests answered with an error, by its code",
+            ["code"],
+            registry=self._registry,
         )
+        engine.on_submit.append(lambda job: job.future.add_done_callback(lambda _: self._ended(job)))
         engine.on_batch.append(self._batch)
 
-    def watch(self, job: Job) -> None:
-        """Count this job when it ends."""
-        job.future.add_done_callback(lambda _: self._ended(job))
-
     def refused(self, code: str) -> None:
-        """A request was answered with this error code."""
+        """Count a request that was answered with this error code."""
         self._refused.labels(code).inc()
 
     def text(self) -> bytes:

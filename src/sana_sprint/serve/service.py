@@ -33,11 +33,9 @@ class Service:
     def submit(self, request: ImageRequest) -> Job:
         """See `Engine.submit`; errors are ApiErrors."""
         try:
-            job = self.engine.submit(request)
+            return self.engine.submit(request)
         except Exception as error:
             raise as_api_error(error) from error
-        self.metrics.watch(job)
-        return job
 
     async def answer(self, job: Job, fields: Generation) -> dict[str, Any]:
         """The body of an answer with the pictures of an ended job. Raises ApiError if it did not end well."""
