@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--steps", type=int, default=1)
-    parser.add_argument("--max-batch", type=int, default=8)
+    parser.add_argument("--max-batch", type=int, default=16)
     parser.add_argument("--max-queue", type=int, default=32)
     options = parser.parse_args()
     # As many clients as a batch has places: the same load for both, and nobody waits for a second batch.

@@ -9,7 +9,7 @@ import typer
 
 from sana_sprint.cli import options
 from sana_sprint.cli.common import checked
-from sana_sprint.cli.loading import ModelOptions, choose_device, load_pipeline
+from sana_sprint.cli.loading import ModelOptions, choose_device, load_control_pipeline, load_pipeline
 
 if TYPE_CHECKING:
     from sana_sprint.serve.engine import Pipelines
@@ -29,6 +29,10 @@ ApiKey = Annotated[
         help="What clients must send. The variable is safer: others can see a command's options.",
     ),
 ]
+ControlNet = Annotated[
+    Path | None,
+    typer.Option("--controlnet", metavar="FOLDER", help="A controlnet in place of the model's own."),
+]
 MaxQueue = Annotated[int, typer.Option("--max-queue", min=1, help="Requests that may wait; more get a 429.")]
 MaxBatch = Annotated[int, typer.Option("--max-batch", min=1, help="Pictures drawn at once.")]
 BatchWindow = Annotated[
@@ -47,8 +51,9 @@ def serve(
     host: Host = "127.0.0.1",
     port: Port = 7860,
     api_key: ApiKey = None,
+    controlnet: ControlNet = None,
     max_queue: MaxQueue = 64,
-    max_batch: MaxBatch = 8,
+    max_batch: MaxBatch = 16,
     batch_window: BatchWindow = 5.0,
     idle_unload: IdleUnload = None,
     max_pixels: MaxPixels = 2**22,
@@ -85,7 +90,7 @@ def serve(
     )
     wanted = ModelOptions(model, dtype, choose_device(device), vae_tiling, vae_slicing)
     engine = Engine(
-        lambda: load_pipelines(wanted),
+        lambda: load_pipelines(wanted, controlnet),
         max_queue=max_queue,
         max_batch=max_batch,
         batch_window_s=batch_window / 1000,
@@ -103,11 +108,19 @@ def serve(
     )
 
 
-def load_pipelines(wanted: ModelOptions) -> Pipelines:
-    """The model's pipelines: text, and control if it has a ControlNet."""
+def load_pipelines(wanted: ModelOptions, controlnet: Path | None = None) -> Pipelines:
+    """The pipelines of a model: from text; and following pictures, if it has a ControlNet or one is given."""
+    from sana_sprint.pipelines.text_to_image import SanaSprintPipeline
     from sana_sprint.serve.engine import Pipelines
+    from sana_sprint.weights import CONFIG_NAME, resolve_folder
 
-    return Pipelines(load_pipeline(wanted))
+    own = resolve_folder(wanted.model) / "controlnet" / CONFIG_NAME
+    if controlnet is None and not own.is_file():
+        return Pipelines(load_pipeline(wanted))
+    control = load_control_pipeline(wanted, controlnet)
+    text = SanaSprintPipeline.from_pipe(control)
+    text.set_progress_bar_config(disable=True)
+    return Pipelines(text, control)
 
 
 def serving_name(model: str) -> str:

@@ -1,4 +1,4 @@
-"""The HTTP server: health, metrics and the APIs, in front of an engine.
+"""The HTTP server: health, metrics, the APIs and the page, in front of an engine.
 
 Handlers never wait for the engine's thread other than by awaiting a job, so `/health` answers whatever it does.
 """
@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
@@ -22,6 +20,7 @@ from sana_sprint.serve.guard import Guard
 from sana_sprint.serve.images_api import images_routes
 from sana_sprint.serve.jobs_api import jobs_routes
 from sana_sprint.serve.metrics import CONTENT_TYPE
+from sana_sprint.serve.realtime import add_realtime
 from sana_sprint.serve.service import Service
 from sana_sprint.serve.settings import Settings
 
@@ -44,8 +43,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     app.include_router(_state_routes(service))
     app.include_router(images_routes(service))
     app.include_router(jobs_routes(service))
-    if find_spec("sana_sprint.serve.realtime") is not None:
-        import_module("sana_sprint.serve.realtime").add_realtime(app, engine, settings)
+    add_realtime(app, engine, settings)
     return app
 
 

@@ -73,7 +73,7 @@ class Engine:
         *,
         max_queue: int = 64,
         batch_window_s: float = 0.005,
-        max_batch: int = 8,
+        max_batch: int = 16,
         idle_unload_s: float | None = None,
         cache_prompts: int = 256,
     ) -> None:
