@@ -174,6 +174,7 @@ def test_changed_embeddings_reach_the_branch(pipe: SanaSprintControlNetPipeline)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"image": None}, "image is missing"),
         ({"image": "absent.png"}, "cannot read the picture absent.png"),
         ({"image": Image.new("RGB", (32, 32))}, "blank"),
         ({"image": [sketch()] * 3}, r"one per prompt \(1\) or one per image \(2\); got: 3"),

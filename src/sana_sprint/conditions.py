@@ -113,18 +113,22 @@ def check_kind(kind: str | None, thickness: int | None = None) -> None:
 def open_picture(picture: Picture) -> Image.Image:
     """The picture, read whole and the right way up. Raises ValueError if that fails or it is smaller than 8 pixels."""
     if isinstance(picture, str | os.PathLike):
-        try:
-            with Image.open(picture) as opened:
-                opened.load()
-                picture = opened
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"cannot read the picture {os.fspath(picture)}: {error}") from error
+        picture = _read(picture)
     if not isinstance(picture, Image.Image):
         raise ValueError(f"image must be a PIL picture or the path of a file, got: {type(picture).__name__}")
     if min(picture.size) < MIN_SIDE:
         width, height = picture.size
         raise ValueError(f"the picture is {width}x{height} pixels; each side must have at least {MIN_SIDE}")
     return ImageOps.exif_transpose(picture)
+
+
+def _read(path: str | os.PathLike[str]) -> Image.Image:
+    try:
+        with Image.open(path) as opened:
+            opened.load()
+            return opened
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot read the picture {os.fspath(path)}: {error}") from error
 
 
 def _fitted(images: Tensor, height: int, width: int) -> Tensor:

@@ -44,13 +44,17 @@ def load_pipeline(options: ModelOptions) -> SanaSprintPipeline:
         UsageError: for a device that this machine lacks.
         CommandError: if the model cannot be found or loaded.
     """
-    return _load("text_to_image", "SanaSprintPipeline", options)
+    pipeline: SanaSprintPipeline = _load("text_to_image", "SanaSprintPipeline", options)
+    return pipeline
 
 
 def load_control_pipeline(options: ModelOptions, controlnet: Path | None) -> SanaSprintControlNetPipeline:
     """As `load_pipeline`, for a pipeline that follows pictures; `controlnet` is a folder in place of the model's own."""
     parts = {} if controlnet is None else {"controlnet": controlnet}
-    return _load("controlnet", "SanaSprintControlNetPipeline", options, **parts)
+    pipeline: SanaSprintControlNetPipeline = _load(
+        "controlnet", "SanaSprintControlNetPipeline", options, **parts
+    )
+    return pipeline
 
 
 def _load(module: str, name: str, options: ModelOptions, **parts: Any) -> Any:

@@ -69,7 +69,7 @@ class SanaSprintControlNetPipeline(SanaSprintPipeline):
         self,
         prompt: str | Sequence[str] | None = None,
         *arguments: Any,
-        image: Picture | Sequence[Picture],
+        image: Picture | list[Picture] | tuple[Picture, ...] | None = None,
         kind: str | None = None,
         thickness: int | None = None,
         controlnet_conditioning_scale: float = 1.0,
@@ -78,6 +78,8 @@ class SanaSprintControlNetPipeline(SanaSprintPipeline):
         **named: Any,
     ) -> SanaSprintOutput | tuple[Pictures]:
         """See the class for arguments and errors."""
+        if image is None:
+            raise ValueError("image is missing: this pipeline follows a picture, such as a sketch")
         self.need("controlnet", "vae", "transformer")
         self.controlnet.check_transformer(self.transformer)
         steering = _Following(

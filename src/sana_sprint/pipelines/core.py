@@ -188,8 +188,9 @@ def encode(vae: Any, pictures: Tensor) -> Tensor:
     Raises:
         NonFiniteError: if the latents hold NaN or infinity.
     """
-    latent: Tensor = vae.encode(pictures.to(vae.device, vae.dtype))
-    return check_finite(latent, "the autoencoder's encoder").float() * vae.config.scaling_factor
+    raw = check_finite(vae.encode(pictures.to(vae.device, vae.dtype)), "the autoencoder's encoder")
+    scale: float = vae.config.scaling_factor
+    return raw.float() * scale
 
 
 def decode(vae: Any, u0: Tensor) -> Tensor:
