@@ -27,7 +27,6 @@ from sana_sprint.serve.job import Busy, ImageRequest, Job, Result
 from sana_sprint.serve.settings import Settings
 
 WAIT_S = 60.0  # far more than anything here takes; a test that hangs is to fail
-NATIVE = 128
 
 BROWSER_FLAGS = (
     "--headless=new",
@@ -61,11 +60,12 @@ class FakeEngine:
     state = "ready"
     queued = 0
 
-    def __init__(self, *, has_control: bool = False) -> None:
+    def __init__(self, *, has_control: bool = False, native: int = 128) -> None:
         self.facts = ModelFacts(
-            native=NATIVE, has_guidance=True, has_control=has_control, dtype="float32", device="cpu"
+            native=native, has_guidance=True, has_control=has_control, dtype="float32", device="cpu"
         )
         self.on_batch: list[Any] = []
+        self.on_submit: list[Any] = []
         self.requests: list[ImageRequest] = []
         self.jobs: list[Job] = []
         self.refusals = 0
@@ -118,7 +118,7 @@ class FakeEngine:
     def _draw(self, job: Job) -> None:
         self._may_draw.wait(WAIT_S)
         request = job.request
-        height, width = request.height or NATIVE, request.width or NATIVE
+        height, width = request.height or self.facts.native, request.width or self.facts.native
         picture = Image.new("RGB", (width, height), color_of(request))
         if request.image is not None:
             picture = Image.fromarray(np.ascontiguousarray(request.image))
@@ -215,6 +215,6 @@ class PageUser:
         return tuple(self.run(script, x, y)[:3])
 
     def errors(self) -> list[str]:
-        """What the browser's console complains of, but for connections that tests cut."""
-        logs = self.driver.get_log("browser")
-        return [log["message"] for log in logs if "WebSocket connection" not in log["message"]]
+        """The errors on the browser's console, but for connections that tests cut."""
+        logs = [log["message"] for log in self.driver.get_log("browser") if log["level"] == "SEVERE"]
+        return [message for message in logs if "WebSocket connection" not in message]

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 from fastapi import FastAPI, WebSocket, WebSocketDisconnect
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
 from sana_sprint.images import INFOTEXT_KEY, SETTINGS_KEY, infotext
