@@ -86,6 +86,8 @@ def generate(
     device: options.Device = "auto",
     vae_tiling: options.VaeTiling = False,
     vae_slicing: options.VaeSlicing = False,
+    lora: options.Lora = None,
+    quantize: options.Quantize = "",
     clean_caption: CleanCaption = False,
     as_json: options.Json = False,
 ) -> None:
@@ -102,8 +104,8 @@ def generate(
         **time_arguments(steps, max_timesteps, intermediate_timesteps),
         **({"clean_caption": True} if clean_caption else {}),
     }
-    wanted = ModelOptions(model, dtype, device, vae_tiling, vae_slicing)
-    task.run(lambda: load_pipeline(wanted), model, arguments)
+    wanted = ModelOptions(model, dtype, device, vae_tiling, vae_slicing, tuple(lora or ()), quantize)
+    task.run(lambda: load_pipeline(wanted), model, arguments, wanted.notes())
 
 
 @dataclass(frozen=True)

@@ -28,13 +28,25 @@ MODEL_HINT = "check --model (or SANA_SPRINT_MODEL); `sana-sprint info MODEL` sho
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model, and how it is to run. `dtype` is a key of `DTYPES`; `device` may be "auto"."""
+    """Which model, and how it is to run. `dtype` is a key of `DTYPES`; `device` may be "auto".
+
+    loras: `SOURCE` or `SOURCE:WEIGHT` each. quantize: a preset, or `COMPONENT=PRESET,...`, or "" for none.
+    """
 
     model: str
     dtype: str = "auto"
     device: str = "auto"
     vae_tiling: bool = False
     vae_slicing: bool = False
+    loras: tuple[str, ...] = ()
+    quantize: str = ""
+
+    def notes(self) -> dict[str, Any]:
+        """What is worth keeping with a picture, besides the model's name."""
+        return {
+            **({"loras": list(self.loras)} if self.loras else {}),
+            **({"quantize": self.quantize} if self.quantize else {}),
+        }
 
 
 def load_pipeline(options: ModelOptions) -> SanaSprintPipeline:
@@ -76,12 +88,51 @@ def _load(module: str, name: str, options: ModelOptions, **parts: Any) -> Any:
         if "lacks controlnet" in str(error):
             hint = "choose a --model that has a controlnet, or name a folder with one by --controlnet"
         raise CommandError(str(error), hint=hint) from error
+    _adapt(pipeline, options)
     pipeline.set_progress_bar_config(disable=True)  # the commands have their own
     if options.vae_tiling:
         pipeline.enable_vae_tiling()
     if options.vae_slicing:
         pipeline.enable_vae_slicing()
     return pipeline
+
+
+def _adapt(pipeline: Any, options: ModelOptions) -> None:
+    """Merge the LoRAs, then quantise."""
+    weights = {}
+    try:
+        for number, text in enumerate(options.loras):
+            source, weight = _weighted(text)
+            name = f"lora{number}"
+            pipeline.load_lora_weights(source, adapter_name=name)
+            weights[name] = weight
+        if weights:
+            pipeline.set_adapters(list(weights), list(weights.values()))
+    except ValueError as error:
+        raise CommandError(
+            str(error), hint="--lora takes a safetensors file, a folder or a Hub id"
+        ) from error
+    try:
+        pipeline.quantize(_presets(options.quantize))
+    except ValueError as error:
+        hint = "--quantize takes a preset, or COMPONENT=PRESET,... such as transformer=int8,vae=int8"
+        raise CommandError(str(error), hint=hint) from error
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    """ "style.safetensors:0.8" -> its two parts; 1 where there is no number."""
+    source, colon, number = text.rpartition(":")
+    try:
+        return (source, float(number)) if colon else (text, 1.0)
+    except ValueError:  # a colon of the path itself
+        return text, 1.0
+
+
+def _presets(text: str) -> Any:
+    """As `pipeline.quantize` takes it."""
+    if "=" not in text:
+        return text or None
+    return dict(part.strip().partition("=")[::2] for part in text.split(","))
 
 
 def choose_device(wanted: str) -> str:

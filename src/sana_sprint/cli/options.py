@@ -46,6 +46,22 @@ VaeTiling = Annotated[
     bool, typer.Option("--vae-tiling", help="Decode in tiles: big pictures in little memory.")
 ]
 VaeSlicing = Annotated[bool, typer.Option("--vae-slicing", help="Decode pictures one by one: less memory.")]
+Lora = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        metavar="PATH[:WEIGHT]",
+        help="A LoRA: a safetensors file, a folder or a Hub id, and its strength (1 if left out). May be repeated.",
+    ),
+]
+Quantize = Annotated[
+    str,
+    typer.Option(
+        "--quantize",
+        metavar="PRESET|COMPONENT=PRESET,...",
+        help="int8, int8-weights, fp8, int4-weights or nf4: of transformer and text encoder, or of those named.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Folder = Annotated[
     Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where the pictures go; made if absent.")

@@ -32,7 +32,7 @@ def quantize_components(components: dict[str, Any], request: Any) -> None:
     Raises:
         ValueError: for a bad request, a component that is None, quantised already or on a device that cannot run it.
     """
-    modules = {name: part for name, part in components.items() if isinstance(part, nn.Module)}
+    modules: dict[str, Any] = {name: part for name, part in components.items() if isinstance(part, nn.Module)}
     presets = parse_request(request, components)
     for name, preset in presets.items():
         if name not in modules:

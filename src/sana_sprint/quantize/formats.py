@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 INT8_MAX = 127
 FP8 = torch.float8_e4m3fn
@@ -88,13 +89,16 @@ def decode(codes: Tensor, scale: Tensor, preset: str) -> Tensor:
     if kind == "fp8":
         return codes.view(FP8).to(scale.dtype) * scale
     levels = torch.tensor(PRESETS[preset].levels, dtype=scale.dtype, device=codes.device)
-    pairs = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(1)  # (outputs, inputs)
-    grouped = levels[pairs.int()].unflatten(1, (scale.shape[1], -1))
+    byte = torch.arange(256, device=codes.device)
+    both = torch.stack(
+        [levels[byte & 15], levels[byte >> 4]], dim=1
+    )  # one look-up for the two codes of a byte
+    grouped = F.embedding(codes.int(), both).view(*scale.shape, -1)
     return (grouped * scale[..., None]).flatten(1)
 
 
 def _encode_4_bits(wide: Tensor, levels: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    grouped = wide.unflatten(1, (-1, group_size(wide.shape[1])))
+    grouped = wide.reshape(len(wide), -1, group_size(wide.shape[1]))
     scale = _round_up(grouped.abs().amax(2, keepdim=True))
     table = torch.tensor(levels, device=wide.device)
     middles = (table[1:] + table[:-1]) / 2

@@ -19,6 +19,9 @@ class QuantizedLayer(nn.Module):
     A file holds `codes`, `scale` and, if the layer has one, `bias`.
     """
 
+    codes: Tensor
+    scale: Tensor
+
     def __init__(self, layer: nn.Linear | nn.Conv2d, preset: str) -> None:
         """Unset codes for a layer like this one; see `of`."""
         super().__init__()
@@ -43,10 +46,7 @@ class QuantizedLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """What codes and scales stand for, made anew at each access."""
-        codes, scale = self._buffers["codes"], self._buffers["scale"]
-        assert codes is not None
-        assert scale is not None
-        return decode(codes, scale, self.preset).view(self.shape)
+        return decode(self.codes, self.scale, self.preset).view(self.shape)
 
     def extra_repr(self) -> str:
         return f"{self.shape}, {self.preset}"
@@ -98,5 +98,4 @@ class QuantizedConv2d(QuantizedLayer):
             return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
         scale, codes = self.scale.flatten(), self.codes.view(self.shape)
         packed = self.packed(lambda: pack_convolution(codes, scale, self.stride, self.padding))
-        out = int8_convolution(x, packed, scale, self.stride, self.padding)
-        return out if self.bias is None else out + self.bias[:, None, None]
+        return int8_convolution(x, packed, scale, self.bias, self.stride, self.padding)

@@ -77,7 +77,8 @@ def _why_not(preset: str, component: str, device: torch.device) -> str | None:
 
 
 def _has_vnni() -> bool:
-    return torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
+    has_onednn: bool = torch._C._has_mkldnn
+    return has_onednn and torch.cpu._is_vnni_supported()
 
 
 # ----- replacing ------------------------------------------------------------------------------------------------------

@@ -40,10 +40,11 @@ def int8_rows(x: Tensor, codes: Tensor, packed: Tensor | None, scale: Tensor) ->
 
 
 def _cpu_rows(rounded: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
-    return _op("qlinear_pointwise")(
+    out: Tensor = _op("qlinear_pointwise")(
         rounded.add_(ZERO).to(torch.uint8), 1.0, ZERO, packed, scale.float(), _zeros(scale), None,
         1.0, 0, scale.dtype, "none", [], "",
     )  # fmt: skip  # the kernel's thirteen positions: input, weight, bias, output, fused operation
+    return out
 
 
 def fp8_rows(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
@@ -64,16 +65,24 @@ def pack_convolution(codes: Tensor, scale: Tensor, stride: list[int], padding: l
 
 
 def int8_convolution(
-    x: Tensor, packed: Tensor, scale: Tensor, stride: list[int], padding: list[int]
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, stride: list[int], padding: list[int]
 ) -> Tensor:
-    """Convolution of pictures x (B,C,H,W), each rounded on its own; in the scale's dtype, channels_last."""
-    step = x.abs().amax((1, 2, 3), keepdim=True).float().clamp_min(_TINY) / INT8_MAX
-    rounded = (x / step).round_().add_(ZERO).to(torch.uint8, memory_format=torch.channels_last)
-    out: Tensor = _op("qconv2d_pointwise")(
-        rounded, 1.0, ZERO, packed, scale.float(), _zeros(scale), None,
-        stride, padding, [1, 1], 1, 1.0, 0, scale.dtype, "none", [], "",
-    )  # fmt: skip  # as above, with the convolution's geometry
-    return out.mul_(step)
+    """Convolution of pictures x (B,C,H,W), each rounded on its own; in the scale's dtype, channels_last.
+
+    One picture at a time: the kernel then multiplies by the picture's scale itself, and at sizes that take any time
+    a batch gains nothing.
+    """
+    steps = x.abs().amax((1, 2, 3), keepdim=True).float().clamp_min(_TINY) / INT8_MAX
+    rounded = (x / steps).round_().add_(ZERO).to(torch.uint8, memory_format=torch.channels_last)
+    wide_bias = None if bias is None else bias.detach().float()
+    pictures = [
+        _op("qconv2d_pointwise")(
+            picture, step, ZERO, packed, scale.float(), _zeros(scale), wide_bias,
+            stride, padding, [1, 1], 1, 1.0, 0, scale.dtype, "none", [], "",
+        )
+        for picture, step in zip(torch.split(rounded, 1), steps.flatten().tolist(), strict=True)
+    ]  # fmt: skip  # as above, with the convolution's geometry
+    return pictures[0] if len(pictures) == 1 else torch.cat(pictures)
 
 
 def _op(name: str) -> Any:
