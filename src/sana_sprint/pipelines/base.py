@@ -112,9 +112,8 @@ class BasePipeline(LoraMethods):
                 variant=variant,
             )
         )
-        made = [name for name, part in components.items() if part is None or isinstance(part, nn.Module)]
-        pipeline.quantize({name: preset for name, preset in presets.items() if name not in made})
-        return pipeline
+        made = {name for name, part in components.items() if part is None or isinstance(part, nn.Module)}
+        return pipeline.quantize({name: presets[name] for name in presets.keys() - made})
 
     @classmethod
     def from_pipe(cls, pipeline: BasePipeline, **components: Any) -> Self:
