@@ -272,6 +272,8 @@ def test_a_busy_server_refuses_and_stays_healthy() -> None:
         network.go_on()
         for job in jobs:
             assert "event: done" in http.get(f"/v1/jobs/{job['id']}/events").text
+        engine.close()  # when its thread has ended, all has been counted
+        assert http.get("/ready").status_code == 503
         metrics = http.get("/metrics").text
         assert "sana_sprint_batch_pictures_count 2.0" in metrics
         assert 'sana_sprint_stage_seconds_count{stage="decode"} 2.0' in metrics
