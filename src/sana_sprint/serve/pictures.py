@@ -69,12 +69,15 @@ def encode(picture: Image.Image, output_format: str, quality: int | None, settin
 
 def settings_of(job: Job, result: Result, index: int, model: str) -> dict[str, Any]:
     """How to make picture `index` again."""
+    request = job.request
     guidance = {} if result.guidance_scale is None else {"guidance_scale": result.guidance_scale}
+    followed = {"kind": request.control_kind, "controlnet_conditioning_scale": request.control_scale}
     return {
-        "prompt": job.request.prompt,
+        "prompt": request.prompt,
         "seed": result.seeds[index],
-        "num_inference_steps": job.request.steps,
+        "num_inference_steps": request.steps,
         **guidance,
+        **({} if request.image is None else followed),
         "times": list(result.times),
         **vars(result.sizes),
         "model": model,

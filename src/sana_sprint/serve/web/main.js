@@ -192,11 +192,14 @@ async function restore({ texts, sketch: actions = [] }) {
     ...(Number.isSafeInteger(kept.seed) && { seed: kept.seed }),
     ...(kept.num_inference_steps <= 4 && { steps: kept.num_inference_steps }),
     ...(Number.isFinite(kept.guidance_scale) && { guidance: kept.guidance_scale }),
-    ...(Number.isFinite(kept.control_scale) && { strength: kept.control_scale }),
-    ...([...byId("size").options].some(({ value }) => value === `${kept.width}x${kept.height}`) && {
-      size: `${kept.width}x${kept.height}`,
-    }),
+    ...(Number.isFinite(kept.controlnet_conditioning_scale) && { strength: kept.controlnet_conditioning_scale }),
+    ...(hasOption("kind", kept.kind) && { kind: kept.kind }),
+    ...(hasOption("size", `${kept.width}x${kept.height}`) && { size: `${kept.width}x${kept.height}` }),
   });
+}
+
+function hasOption(id, wanted) {
+  return [...byId(id).options].some(({ value }) => value === wanted);
 }
 
 /** A file with our settings inside restores them; any other picture goes onto the sketch. */
@@ -275,6 +278,9 @@ byId("help").addEventListener("click", () => byId("help-dialog").showModal());
 byId("open-file").addEventListener("click", () => byId("file").click());
 byId("key-form").addEventListener("submit", () => connection.unlock(byId("key").value));
 sketch.addEventListener("change", sketchChanged);
+document.addEventListener("visibilitychange", () => {
+  if (isRolling && !document.hidden) roll(true); // it pauses while nobody looks
+});
 
 state.listen((values, names) => {
   if (names.has("size")) pad.fit(...sides(values.size));
