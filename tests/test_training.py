@@ -104,7 +104,8 @@ def test_the_student_starts_equal_to_its_teacher(chain: Path) -> None:
     context = stage.teacher.encode_caption(embeddings.embeds, embeddings.mask)
     teacher_F = flow_denoiser(lambda x, s: stage.teacher(x, s, context))(u, t)
     for guidance in (4.0, 5.0):
-        student_F = stage.denoiser(embeddings, torch.full((2,), guidance))(u, t)
+        told = stage.context(stage.transformer, embeddings.embeds, embeddings.mask, None)
+        student_F = stage.denoiser(told, torch.full((2,), guidance))(u, t)
         # Fused and plain attention sum in different orders; otherwise equal.
         torch.testing.assert_close(student_F, teacher_F, rtol=0, atol=1e-5)
 
@@ -120,7 +121,8 @@ def test_guidance_reaches_the_student(chain: Path) -> None:
     assert first.abs().max() > 0
     embeddings = embed(stage.encoder, ["a red square"], instruction=False)
     u, t = torch.randn(1, 4, 4, 4), torch.tensor([1.0])
-    low, high = (stage.denoiser(embeddings, torch.tensor([w]))(u, t) for w in (1.0, 9.0))
+    told = stage.context(stage.transformer, embeddings.embeds, embeddings.mask, None)
+    low, high = (stage.denoiser(told, torch.tensor([w]))(u, t) for w in (1.0, 9.0))
     assert (low - high).abs().max() > 0
 
 

@@ -30,6 +30,13 @@ _RELATION_WORDS = {
     "above": ("above", "on top of"),
     "below": ("below", "under"),
 }
+# Where the first and the second object of a relation are.
+_PLACE_WORDS = {
+    "left of": ("on the left", "on the right"),
+    "right of": ("on the right", "on the left"),
+    "above": ("at the top", "at the bottom"),
+    "below": ("at the bottom", "at the top"),
+}
 _AXIS = {"left of": "x", "right of": "x", "above": "y", "below": "y"}
 _LEFT_RIGHT = ((32, 64), (96, 64))
 _ABOVE_BELOW = ((64, 32), (64, 96))
@@ -77,8 +84,8 @@ def sample_scene(seed: int, *, held_out: bool = False, task: str | None = None) 
         task: one of `TASKS`; None draws one.
     """
     rng = random.Random(f"scene-{seed}-{held_out}-{task}")
-    # Single objects have the most detail, pairs the most combinations: they come up more often.
-    chosen = task or rng.choices(TASKS, weights=(24, 20, 18, 4, 24, 10))[0]
+    # Single objects have the most detail, and what stands where is hardest to learn: they come up more often.
+    chosen = task or rng.choices(TASKS, weights=(22, 16, 14, 4, 36, 8))[0]
     while True:
         kinds, count, relation = _draw_content(chosen, rng)
         background = rng.choice([b for b in words.BACKGROUNDS if not any(words.clashes(k, b) for k in kinds)])
@@ -95,7 +102,7 @@ def sample_scene(seed: int, *, held_out: bool = False, task: str | None = None) 
         if is_held_out(*key) == held_out:
             break
     objects = _place(kinds, count, relation, rng)
-    caption = _caption(kinds, count, relation, background if names_background else None, rng)
+    caption = caption_of(kinds, count, relation, background if names_background else None, rng)
     return Scene(chosen, objects, background, names_background, relation, caption)
 
 
@@ -111,7 +118,9 @@ def describe(scene: Scene, rng: random.Random) -> str:
     elif relation:
         relation = "left of" if _AXIS[relation] == "x" else "above"
     background = scene.background if rng.random() < 0.6 else None
-    return _caption(kinds, len(scene.objects), relation, background, rng)
+    if relation and rng.random() < 0.15:
+        return _place_by_place(kinds, relation, background)
+    return caption_of(kinds, len(scene.objects), relation, background, rng)
 
 
 def render(scene: Scene) -> Image.Image:
@@ -198,9 +207,10 @@ def _place(kinds: list[str], count: int, relation: str | None, rng: random.Rando
     )
 
 
-def _caption(
+def caption_of(
     kinds: list[str], count: int, relation: str | None, background: str | None, rng: random.Random
 ) -> str:
+    """A caption of so many objects of these kinds; relation and background are named unless None."""
     nouns = [rng.choice((kind, kind, *words.SYNONYMS.get(kind, ()))) for kind in kinds]
     if len(nouns) == 1:
         noun = nouns[0]
@@ -219,6 +229,13 @@ def _caption(
     return f"{background} background, {subject}"
 
 
+def _place_by_place(kinds: list[str], relation: str, background: str | None) -> str:
+    first, second = map(words.with_article, kinds)
+    here, there = _PLACE_WORDS[relation]
+    ending = "" if background is None else f" on {words.with_article(background)} background"
+    return f"{here} {first}, {there} {second}{ending}"
+
+
 def training_picture(index: int) -> np.ndarray:
     """Autoencoder sample `index`: every other one crowded. uint8 (SIZE, SIZE, 3)."""
     return np.asarray(crowded(index) if index % 2 else render(sample_scene(index)))
@@ -226,9 +243,15 @@ def training_picture(index: int) -> np.ndarray:
 
 def training_scene(index: int) -> tuple[np.ndarray, tuple[str, ...]]:
     """Text-to-picture sample `index`: (uint8 (SIZE, SIZE, 3), captions), from the training split."""
-    scene = sample_scene(index)
+    return _captioned(sample_scene(index), index)
+
+
+def training_pair(index: int) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The same of the task "position" alone."""
+    return _captioned(sample_scene(index, task="position"), index)
+
+
+def _captioned(scene: Scene, index: int) -> tuple[np.ndarray, tuple[str, ...]]:
     rng = random.Random(f"captions-{index}")
-    return np.asarray(render(scene)), (
-        scene.caption,
-        *(describe(scene, rng) for _ in range(NUM_CAPTIONS - 1)),
-    )
+    others = [describe(scene, rng) for _ in range(NUM_CAPTIONS - 1)]
+    return np.asarray(render(scene)), (scene.caption, *others)

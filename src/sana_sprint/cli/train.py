@@ -105,7 +105,13 @@ def _reporter(*, is_main: bool) -> Report:
 
 
 def _make_stage(config: AnyRun, report: Report) -> Stage:
-    from sana_sprint.train.config import AdaptationRun, AutoencoderRun, TeacherRun
+    from sana_sprint.train.config import (
+        AdaptationRun,
+        AutoencoderRun,
+        ControlStudentRun,
+        ControlTeacherRun,
+        TeacherRun,
+    )
 
     try:
         if isinstance(config, AutoencoderRun):
@@ -120,6 +126,14 @@ def _make_stage(config: AnyRun, report: Report) -> Stage:
             from sana_sprint.train.adaptation_stage import AdaptationStage
 
             return AdaptationStage(config, report=report)
+        if isinstance(config, ControlTeacherRun):
+            from sana_sprint.train.control_stage import ControlTeacherStage
+
+            return ControlTeacherStage(config, report=report)
+        if isinstance(config, ControlStudentRun):
+            from sana_sprint.train.control_stage import ControlStudentStage
+
+            return ControlStudentStage(config, report=report)
         from sana_sprint.train.student_stage import StudentStage
 
         return StudentStage(config, report=report)

@@ -65,17 +65,17 @@ class SanaTransformer2DModel(SanaBlocks):
         grid = self.grid(hidden_states)
         x = self.patch_embed(hidden_states)  # (B,N,D)
         modulation, embedding = self.embed_time(timestep, guidance)
-        residuals: Mapping[int, Tensor] = {}
-        for number in range(self.config.num_layers):
-            x = self.run_block(number, x, modulation, context, grid)
-            if control is not None and number == 0:
-                residuals = control(x, modulation)
-            if number in residuals:
-                x = x + residuals[number].to(x.dtype)
+        for tokens in self._run_blocks(x, modulation, context, grid, control):
+            x = tokens
         return self._to_latent(x, embedding, grid).to(hidden_states.dtype)
 
     def block_outputs(
-        self, hidden_states: Tensor, timestep: Tensor, context: CaptionContext, guidance: Tensor | None = None
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        context: CaptionContext,
+        guidance: Tensor | None = None,
+        control: Control | None = None,
     ) -> Iterator[Tensor]:
         """The tokens (B,N,D) after each block in turn, as features; arguments and errors are those of `forward`.
 
@@ -85,8 +85,23 @@ class SanaTransformer2DModel(SanaBlocks):
         grid = self.grid(hidden_states)
         x = self.patch_embed(hidden_states)
         modulation, _ = self.embed_time(timestep, guidance)
+        yield from self._run_blocks(x, modulation, context, grid, control)
+
+    def _run_blocks(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        context: CaptionContext,
+        grid: tuple[int, int],
+        control: Control | None,
+    ) -> Iterator[Tensor]:
+        residuals: Mapping[int, Tensor] = {}
         for number in range(self.config.num_layers):
             x = self.run_block(number, x, modulation, context, grid)
+            if control is not None and number == 0:
+                residuals = control(x, modulation)
+            if number in residuals:
+                x = x + residuals[number].to(x.dtype)
             yield x
 
     def _to_latent(self, x: Tensor, embedding: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from sana_sprint.models.layers import autocast_off
-from sana_sprint.models.transformer import CaptionContext, SanaTransformer2DModel
+from sana_sprint.models.transformer import CaptionContext
+from sana_sprint.train.conditioning import FlowModel
 from sana_sprint.train.config import DiscriminatorConfig
 from sana_sprint.train.discriminator import Discriminator
 from sana_sprint.train.losses import hinge_discriminator, hinge_generator, r1_penalty
@@ -24,7 +25,7 @@ class Adversary:
     def __init__(
         self,
         config: DiscriminatorConfig,
-        teacher: SanaTransformer2DModel,
+        teacher: FlowModel,
         draw_times: Callable[[int], Tensor],
     ) -> None:
         self.config = config

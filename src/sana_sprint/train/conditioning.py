@@ -6,16 +6,22 @@ but bos therefore is the empty prompt, exactly, and needs no pass of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from sana_sprint.models.text_encoder import PromptEmbeddings, PromptEncoder
-from sana_sprint.models.transformer import CaptionContext, SanaTransformer2DModel
+from sana_sprint.models.transformer import (
+    CaptionContext,
+    SanaTransformer2DModel,
+    SanaTransformerBlock,
+    TransformerConfig,
+)
 from sana_sprint.prompts import COMPLEX_HUMAN_INSTRUCTION
-from sana_sprint.train.config import AdaptationRun, StudentRun
+from sana_sprint.train.config import AdaptationRun, ControlTeacherRun, StudentRun
 from sana_sprint.train.embeddings import cached_embeddings
 from sana_sprint.trigflow import Velocity
 
@@ -27,6 +33,39 @@ def embed(encoder: PromptEncoder, captions: Sequence[str], *, instruction: bool)
     )
 
 
+class FlowModel(Protocol):
+    """What losses need of a transformer, whose methods these are; `control.ControlledTransformer` has them too.
+
+    The context is what that model's own encoding of captions returns.
+    """
+
+    gradient_checkpointing: bool
+
+    @property
+    def config(self) -> TransformerConfig: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def blocks(self) -> list[SanaTransformerBlock]: ...
+
+    def __call__(
+        self, hidden_states: Tensor, timestep: Tensor, context: Any, guidance: Tensor | None = None
+    ) -> Tensor: ...
+
+    def block_outputs(
+        self, hidden_states: Tensor, timestep: Tensor, context: Any, guidance: Tensor | None = None
+    ) -> Iterator[Tensor]: ...
+
+    def embed_time(self, timestep: Tensor, guidance: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+
+    def set_fused_attention(self, fused: bool) -> None: ...
+
+
 class Embed(Protocol):
     """Embeddings of captions, with or without the complex human instruction in front."""
 
@@ -34,7 +73,7 @@ class Embed(Protocol):
 
 
 def frozen_embed(
-    config: AdaptationRun | StudentRun,
+    config: AdaptationRun | ControlTeacherRun | StudentRun,
     encoder: PromptEncoder,
     captions: Iterable[Sequence[str]],
     *,
@@ -75,9 +114,7 @@ def unconditional(transformer: SanaTransformer2DModel, embeddings: PromptEmbeddi
     return transformer.encode_caption(embeddings.embeds[:, :1])
 
 
-def velocity_of(
-    transformer: SanaTransformer2DModel, context: CaptionContext, guidance: Tensor | None = None
-) -> Velocity:
+def velocity_of(transformer: FlowModel, context: CaptionContext, guidance: Tensor | None = None) -> Velocity:
     """The transformer as a function of noisy latents and flow time in [0,1], told captions and guidance (B,)."""
     scale = transformer.config.time_scale
     return lambda x, flow_t: transformer(x, flow_t * scale, context, guidance)

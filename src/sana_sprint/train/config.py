@@ -142,13 +142,45 @@ class _FlowRun(_Run):
 
 
 class TeacherRun(_FlowRun):
-    """Trains a flow-matching teacher from scratch, with its tokenizer and text encoder."""
+    """Trains a flow-matching teacher and its text encoder, from scratch or from a folder."""
 
     stage: Literal["teacher"]
     autoencoder: Path
+    # A folder of `tokenizer`, `text_encoder` and `transformer` to go on from; without it the next three describe new ones.
+    start: Path | None = None
     tokenizer_vocab: int = Field(default=1024, ge=300)
-    text_encoder: dict[str, Any]
-    model: dict[str, Any]
+    text_encoder: dict[str, Any] | None = None
+    model: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _check_start(self) -> TeacherRun:
+        given = sorted({"text_encoder", "model", "tokenizer_vocab"} & self.model_fields_set)
+        if self.start is not None and given:
+            raise ValueError(f"start has models of its own: leave out {', '.join(given)}")
+        if self.start is None and (self.text_encoder is None or self.model is None):
+            raise ValueError("text_encoder and model are needed, or start")
+        return self
+
+
+class ControlConfig(_Section):
+    """A branch that follows a picture, as copies of the transformer's first blocks: see `models/controlnet.py`."""
+
+    # What it follows: a kind of `sana_sprint.conditions` that needs no weights ("scribble", "canny", "softedge"), or
+    # "module:function", which maps a picture, uint8 (H,W,3), and its position in the set to a picture like it.
+    condition: str
+    num_copies: int = Field(default=7, ge=1)
+    topology: Literal["diffusers", "official"] = "diffusers"
+
+
+class ControlTeacherRun(_FlowRun):
+    """Trains a control branch of a flow-matching teacher, which stays as it is."""
+
+    stage: Literal["control-teacher"]
+    # A folder of `transformer`, `text_encoder`, `tokenizer` and `vae`.
+    teacher: Path
+    # Encode all captions once and keep them on disk, rather than at every visit.
+    cache_text: bool = False
+    control: ControlConfig
 
 
 class AdaptationRun(_FlowRun):
@@ -218,7 +250,18 @@ class StudentRun(_Run):
         return (self.optimizer,) + ((self.discriminator.optimizer,) if self.discriminator else ())
 
 
-AnyRun = AutoencoderRun | TeacherRun | AdaptationRun | StudentRun
+class ControlStudentRun(StudentRun):
+    """Distils a teacher with a control branch into a branch for a student, which stays as it is."""
+
+    stage: Literal["control-student"]  # type: ignore[assignment]  # a variant of the parent's
+    # The pipeline folder that is to be controlled.
+    student: Path
+    # The folder of the control-teacher run's `controlnet`, from which the student's branch starts.
+    controlnet: Path
+    condition: str
+
+
+AnyRun = AutoencoderRun | TeacherRun | AdaptationRun | ControlTeacherRun | StudentRun | ControlStudentRun
 RunConfig = Annotated[AnyRun, Field(discriminator="stage")]
 
 

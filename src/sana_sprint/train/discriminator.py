@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from sana_sprint.models.transformer import CaptionContext, SanaTransformer2DModel
+from sana_sprint.models.transformer import CaptionContext
+from sana_sprint.train.conditioning import FlowModel
 from sana_sprint.trigflow import expand_like, trig_to_flow
 
 VIRTUAL_BATCH = 8
@@ -42,9 +43,7 @@ class Discriminator(nn.Module):
         self.blocks = tuple(sorted(blocks))
         self.heads = nn.ModuleList(_Head(width) for _ in self.blocks)
 
-    def features(
-        self, teacher: SanaTransformer2DModel, u: Tensor, t: Tensor, context: CaptionContext
-    ) -> list[Tensor]:
+    def features(self, teacher: FlowModel, u: Tensor, t: Tensor, context: CaptionContext) -> list[Tensor]:
         """What the chosen blocks make of noised latents u (B,C,H,W) at angles t (B,): (B,N,D) each.
 
         The teacher sees them as the flow model it is, without guidance; blocks after the last chosen one do not run.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sana_sprint.models.blocks import SanaBlocks
 from sana_sprint.models.layers import (
     LINEAR_ATTENTION_EPS,
     CrossAttention,
@@ -31,6 +32,8 @@ from sana_sprint.models.layers import (
     wide_dtype,
 )
 from sana_sprint.models.transformer import CaptionContext, SanaTransformer2DModel, SanaTransformerBlock
+from sana_sprint.train.conditioning import FlowModel
+from sana_sprint.train.control import ControlledContext, ControlledTransformer
 
 aten = torch.ops.aten
 
@@ -57,21 +60,22 @@ class Dual(NamedTuple):
 
 
 def transform(
-    transformer: SanaTransformer2DModel,
+    model: FlowModel,
     latent: Dual,
     flow_t: Dual,
     context: CaptionContext,
     guidance: Tensor | None = None,
 ) -> Dual:
-    """`transformer(latent, flow_t, context, guidance)` and its derivative along the tangents of latent and flow_t.
+    """`model(latent, flow_t, context, guidance)` and its derivative along the tangents of latent and flow_t.
 
-    Shapes and errors are those of `SanaTransformer2DModel.forward`; no gradient flows. Captions and
-    guidance stay fixed: their tangent is zero.
+    Shapes and errors are those of `SanaTransformer2DModel.forward`; no gradient flows. Captions, guidance and a picture
+    to follow stay fixed: their tangent is zero.
 
     Raises:
         ValueError: dropout is active, whose noise would differ between value and tangent; or weights are fp16, whose
             range is too small for tangents.
     """
+    transformer = _transformer(model)
     _check_derivable(transformer)
     transformer.check_inputs(latent.value, flow_t.value, context, guidance)
     patch = transformer.config.patch_size
@@ -79,11 +83,51 @@ def transform(
     with torch.no_grad():
         x = patch_embed(transformer.patch_embed, latent)
         modulation, embedding = embed_time(transformer, flow_t, guidance)
-        modulation = modulation.map(lambda half: torch.unflatten(half, 1, (6, -1)))  # (B,6,D)
-        for layer, key, value in zip(transformer.blocks, context.keys, context.values, strict=True):
+        modulation = _by_part(modulation)
+        residuals: dict[int, Dual] = {}
+        blocks = zip(transformer.blocks, context.keys, context.values, strict=True)
+        for number, (layer, key, value) in enumerate(blocks):
             x = block(layer, x, modulation, key, value, context.bias, grid)
+            if number == 0 and isinstance(model, ControlledTransformer):
+                residuals = steer(model, latent, flow_t, context, guidance, x, modulation)
+            if number in residuals:
+                x = add(x, residuals[number])
         x = output(transformer, x, embedding)
         return x.map(lambda tokens: transformer.unpatchify(tokens, grid).to(latent.value.dtype))
+
+
+def steer(
+    model: ControlledTransformer,
+    latent: Dual,
+    flow_t: Dual,
+    context: CaptionContext,
+    guidance: Tensor | None,
+    x: Dual,
+    modulation: Dual,
+) -> dict[int, Dual]:
+    """What the branch adds after each block; x (B,N,D) and modulation (B,6,D) are the transformer's after block 0."""
+    assert isinstance(context, ControlledContext)
+    branch, control, captions = model.controlnet, context.control, context.control.captions
+    is_official = branch.config.topology == "official"
+    if not is_official:
+        x = patch_embed(branch.patch_embed, latent)
+        own_guidance = guidance if branch.config.guidance_embeds else None
+        modulation = _by_part(embed_time(branch, flow_t.map(model.own_time), own_guidance)[0])
+    x = Dual(x.value + control.condition.to(x.value.dtype), x.tangent)
+    grid = branch.grid(latent.value)
+    residuals = {}
+    copies = zip(branch.blocks, captions.keys, captions.values, branch.controlnet_blocks, strict=True)
+    for number, (layer, key, value, projection) in enumerate(copies):
+        assert isinstance(projection, nn.Linear)
+        x = block(layer, x, modulation, key, value, captions.bias, grid)
+        low = x.to(product_dtype(projection.weight))
+        residuals[number + (not is_official)] = linear(low, projection.weight, projection.bias)
+    return residuals
+
+
+def _by_part(modulation: Dual) -> Dual:
+    """(B,6D) -> (B,6,D)."""
+    return modulation.map(lambda half: torch.unflatten(half, 1, (6, -1)))
 
 
 def block(
@@ -128,9 +172,7 @@ def patch_embed(layer: PatchEmbed, latent: Dual) -> Dual:
     return Dual(layer(latent.value), tangent.flatten(2).transpose(1, 2).contiguous())
 
 
-def embed_time(
-    transformer: SanaTransformer2DModel, flow_t: Dual, guidance: Tensor | None
-) -> tuple[Dual, Dual]:
+def embed_time(transformer: SanaBlocks, flow_t: Dual, guidance: Tensor | None) -> tuple[Dual, Dual]:
     """Modulation (B,6D) and embedding (B,D). B rows only, so automatic differentiation costs nothing here."""
 
     def embed(time: Tensor) -> tuple[Tensor, Tensor]:
@@ -288,6 +330,12 @@ def rms_norm(layer: nn.Module, x: Dual) -> Dual:
 
 
 # --- Sharded weights ---------------------------------------------------------------------------------------------
+
+
+def _transformer(model: FlowModel) -> SanaTransformer2DModel:
+    transformer = model.transformer if isinstance(model, ControlledTransformer) else model
+    assert isinstance(transformer, SanaTransformer2DModel)
+    return transformer
 
 
 def _check_derivable(transformer: SanaTransformer2DModel) -> None:

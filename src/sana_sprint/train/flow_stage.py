@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from sana_sprint.images import grid, to_pil
 from sana_sprint.models.autoencoder import AutoencoderDC
-from sana_sprint.models.text_encoder import PromptEncoder
+from sana_sprint.models.text_encoder import PromptEmbeddings, PromptEncoder
 from sana_sprint.models.transformer import CaptionContext, SanaTransformer2DModel
 from sana_sprint.train import distributed
 from sana_sprint.train.conditioning import Embed, drop_captions, embed, unconditional, velocity_of
-from sana_sprint.train.config import AdaptationRun, TeacherRun
+from sana_sprint.train.config import AdaptationRun, ControlTeacherRun, TeacherRun
 from sana_sprint.train.data import channels_last
 from sana_sprint.train.flow import flow_loss, guided, logit_normal_times, sample_flow
 from sana_sprint.train.latents import latents_of_run
@@ -41,7 +41,9 @@ class FlowStage:
     embed: Embed
     players: dict[str, nn.Module]
 
-    def __init__(self, config: TeacherRun | AdaptationRun, autoencoder: Path, *, report: Report) -> None:
+    def __init__(
+        self, config: TeacherRun | AdaptationRun | ControlTeacherRun, autoencoder: Path, *, report: Report
+    ) -> None:
         torch.manual_seed(config.seed)
         self.config = config
         self.device = distributed.device()
@@ -69,14 +71,16 @@ class FlowStage:
         with autocast(self.config):
             embeddings = self.embed(captions, instruction=instruction)
             dropped = torch.rand(len(u0), device=self.device) < self.config.caption_dropout
-            context = self.transformer.encode_caption(
-                embeddings.embeds, drop_captions(embeddings.mask, dropped)
-            )
+            context = self.context(order, embeddings.embeds, drop_captions(embeddings.mask, dropped))
             losses = flow_loss(self.velocity(context), u0, torch.randn_like(u0), flow_t.to(self.device))
         return losses.mean(), by_level("loss", losses, flow_t)
 
+    def context(self, order: Tensor, embeds: Tensor, mask: Tensor) -> CaptionContext:
+        """What the model is told of the samples at these places of the cache, whose embedded captions these are."""
+        return self.transformer.encode_caption(embeds, mask)
+
     def velocity(self, context: CaptionContext) -> Velocity:
-        """The model, told the captions."""
+        """The model, told its context."""
         return velocity_of(self.transformer, context)
 
     def validate(self, folder: Path, step: int) -> Metrics:
@@ -86,17 +90,21 @@ class FlowStage:
         noise = noise.to(self.device)
         with autocast(self.config):
             embeddings = embed(self.encoder, self.validation_captions, instruction=True)
-            velocity = guided(
-                self.velocity(self.transformer.encode_caption(embeddings.embeds, embeddings.mask)),
-                self.velocity(unconditional(self.transformer, embeddings)),
-                self.config.guidance_scale,
-            )
+            told, untold = self.validation_contexts(embeddings)
+            velocity = guided(self.velocity(told), self.velocity(untold), self.config.guidance_scale)
             latent = sample_flow(velocity, noise)
             image = self.autoencoder.decode(latent / self.autoencoder.config.scaling_factor)
         folder.mkdir(parents=True, exist_ok=True)
         grid(to_pil(image.float()), columns=8).save(folder / f"{step:08d}.png")
         (folder / "captions.txt").write_text("\n".join(self.validation_captions) + "\n", encoding="utf-8")
         return {"latent_rms": latent.square().mean().sqrt().item()}
+
+    def validation_contexts(self, embeddings: PromptEmbeddings) -> tuple[CaptionContext, CaptionContext]:
+        """What the model is told of the validation captions, and of none."""
+        return (
+            self.transformer.encode_caption(embeddings.embeds, embeddings.mask),
+            unconditional(self.transformer, embeddings),
+        )
 
     def export(self, folder: Path) -> None:
         """Writes transformer, text encoder, tokenizer and autoencoder as folders of one model."""

@@ -13,16 +13,14 @@ import torch
 from torch import Tensor
 
 from sana_sprint.models.autoencoder import AutoencoderDC
-from sana_sprint.resolutions import nearest_bucket
-from sana_sprint.train.config import AdaptationRun, StudentRun, TeacherRun
+from sana_sprint.train.config import AdaptationRun, ControlTeacherRun, StudentRun, TeacherRun
 from sana_sprint.train.data.ahead import read_ahead
 from sana_sprint.train.data.order import BucketOrder
-from sana_sprint.train.data.pictures import fit, to_tensor
+from sana_sprint.train.data.pictures import fit_bucket, to_tensor
 from sana_sprint.train.data.records import Sample, Unreadable
 from sana_sprint.train.data.source import (
     MAX_BAD_FRACTION,
     VALIDATION_START,
-    FunctionSource,
     RecordSource,
     Source,
     open_source,
@@ -78,13 +76,18 @@ class LatentCache:
         Raises:
             ValueError: their shapes differ.
         """
-        latents = [self._latent(i) for i in indices.tolist()]
-        if len(shapes := {tuple(latent.shape) for latent in latents}) > 1:
-            raise ValueError(f"latents of one batch must have one shape, got {', '.join(map(str, shapes))}")
+        latents = self.latents(indices)
         chosen = torch.rand(len(indices)).tolist()
         captions = [self.captions[i] for i in indices.tolist()]
         drawn = [texts[int(part * len(texts))] for texts, part in zip(captions, chosen, strict=True)]
-        return torch.stack(latents).float(), drawn
+        return latents, drawn
+
+    def latents(self, indices: Tensor) -> Tensor:
+        """(B,C,h,w) fp32 at these indices. Raises ValueError if their shapes differ."""
+        latents = [self._latent(i) for i in indices.tolist()]
+        if len(shapes := {tuple(latent.shape) for latent in latents}) > 1:
+            raise ValueError(f"latents of one batch must have one shape, got {', '.join(map(str, shapes))}")
+        return torch.stack(latents).float()
 
     def _latent(self, index: int) -> Tensor:
         block = bisect.bisect_right(self._starts, index) - 1
@@ -92,7 +95,7 @@ class LatentCache:
 
 
 def latents_of_run(
-    config: TeacherRun | AdaptationRun | StudentRun,
+    config: TeacherRun | AdaptationRun | ControlTeacherRun | StudentRun,
     autoencoder: AutoencoderDC,
     *,
     num_validation: int,
@@ -206,8 +209,7 @@ class _Encoder:
         buckets: dict[str, _Bucket] = {}
         skipped: list[tuple[int, str]] = []
         uncaptioned: list[int] = []
-        # A function need not be safe to call from several threads.
-        read = map if isinstance(self.source, FunctionSource) else read_ahead
+        read = read_ahead if self.source.is_concurrent else map
         for i, sample in enumerate(read(self._read, positions)):
             if isinstance(sample, Unreadable):
                 skipped.append((i, sample.reason))
@@ -246,10 +248,9 @@ class _Encoder:
         return self._fitted(pixels, position), texts
 
     def _fitted(self, pixels: np.ndarray, position: int) -> np.ndarray:
-        height, width = pixels.shape[:2]
         multiple = self.autoencoder.spatial_compression_ratio
-        if self.size is not None:
-            return fit(pixels, *nearest_bucket(height, width, self.size, multiple))
+        pixels = fit_bucket(pixels, self.size, multiple)
+        height, width = pixels.shape[:2]
         if height % multiple or width % multiple:
             raise ValueError(
                 f"{self.source.name(position)} has {width}x{height} pixels, which the autoencoder cannot take: "

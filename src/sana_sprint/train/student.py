@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sana_sprint.models.layers import ScalarEmbedder, autocast_off
 from sana_sprint.models.transformer import SanaTransformer2DModel
 from sana_sprint.train.adaptation import spread_thresholds
+from sana_sprint.train.conditioning import FlowModel
 from sana_sprint.train.losses import prior_weight
 from sana_sprint.trigflow import trig_to_flow
 
@@ -17,16 +18,21 @@ _GUIDANCE_STEEPNESS = 3.0
 
 
 class Student(nn.Module):
-    """A transformer with guidance embedding, and the log variance of its loss.
+    """What learns of a transformer with guidance embedding, and the log variance of its loss.
 
     Args:
         transformer: with guidance embedding.
         latent_size: numbers in a latent, C*H*W.
+        learning: the part of the transformer that learns; None for all of it.
     """
 
-    def __init__(self, transformer: SanaTransformer2DModel, latent_size: int) -> None:
+    def __init__(self, transformer: FlowModel, latent_size: int, learning: nn.Module | None = None) -> None:
         super().__init__()
-        self.transformer = transformer
+        if learning is None:
+            assert isinstance(transformer, nn.Module)
+            learning = transformer
+        self.transformer = learning
+        self._embed_time = transformer.embed_time
         self.logvar = nn.Linear(transformer.config.width, 1)
         nn.init.zeros_(self.logvar.weight)
         # The normalised target has a norm just below 1, so its mean square is near 1/latent_size.
@@ -39,7 +45,7 @@ class Student(nn.Module):
         form; but it starts there too. From a constant, small times outweigh large ones a thousandfold until the map has
         learnt to make up for w(t).
         """
-        _, embedding = self.transformer.embed_time(trig_to_flow(t), guidance)
+        _, embedding = self._embed_time(trig_to_flow(t), guidance)
         with autocast_off(t.device):  # bf16 steps near -10 are 0.06, 6% of the loss's weight
             learnt: Tensor = self.logvar(embedding.float())
         return prior_weight(t).log() + learnt.squeeze(1)

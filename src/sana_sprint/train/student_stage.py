@@ -21,7 +21,7 @@ from sana_sprint.models.transformer import CaptionContext, SanaTransformer2DMode
 from sana_sprint.sampling import SCMScheduler, sample, schedule
 from sana_sprint.train import distributed
 from sana_sprint.train.adversary import Adversary
-from sana_sprint.train.conditioning import embed, frozen_embed, unconditional, velocity_of
+from sana_sprint.train.conditioning import FlowModel, embed, frozen_embed, velocity_of
 from sana_sprint.train.config import StudentRun
 from sana_sprint.train.data import channels_last
 from sana_sprint.train.flow import guided
@@ -46,12 +46,14 @@ NUM_VALIDATION_CAPTIONS = 8
 
 @dataclass(frozen=True)
 class Batch:
-    """Clean latents (B,C,H,W), the embeddings of their captions, and guidance scales (B,)."""
+    """Clean latents (B,C,H,W), the embeddings of their captions, guidance scales (B,), and what the teacher is told."""
 
     u0: Tensor
     embeddings: PromptEmbeddings
     guidance: Tensor
     captioned: CaptionContext  # the teacher's
+    uncaptioned: CaptionContext
+    indices: Tensor  # (B,), of the samples in the cache
 
 
 class StudentStage:
@@ -62,11 +64,6 @@ class StudentStage:
         self.config = config
         self.device = distributed.device()
         self.folder = resolve_folder(str(config.teacher))
-        # fp32 under autocast, as the student: published weights are bf16, in which residuals and times lose bits.
-        self.teacher = load_model(
-            SanaTransformer2DModel, self.folder / "transformer", dtype=torch.float32, device=self.device
-        )
-        self.teacher.requires_grad_(False)
         text_encoder = load_text_encoder(self.folder / "text_encoder", device=self.device)
         text_encoder.requires_grad_(False)
         self.encoder = PromptEncoder(load_tokenizer(self.folder / "tokenizer"), text_encoder)
@@ -77,19 +74,32 @@ class StudentStage:
             config, self.autoencoder, num_validation=NUM_VALIDATION_CAPTIONS, report=report
         )
         self.embed = frozen_embed(config, self.encoder, self.cache.captions, report=report)
-        self.transformer = with_guidance(self.teacher).to(self.device)
+        self.teacher, self.transformer, learning = self.models()
         for model in (self.teacher, self.transformer):
             # The teacher's too: the adversarial loss goes back through it.
             model.gradient_checkpointing = config.gradient_checkpointing
             # On a CPU the fused kernel's backward pass is slower than the plain one (docs/log.md).
             model.set_fused_attention(self.device.type != "cpu")
         self.tangent = make_tangent(config.tangent)
-        self.student = Student(self.transformer, math.prod(self.cache.shape)).to(self.device)
+        self.student = Student(self.transformer, math.prod(self.cache.shape), learning).to(self.device)
         self.adversary = config.discriminator and Adversary(
             config.discriminator, self.teacher, self.draw_times
         )
         if self.adversary:
             self.adversary.discriminator.to(self.device)
+
+    def models(self) -> tuple[FlowModel, FlowModel, nn.Module]:
+        """The teacher, the student, and what of the student learns."""
+        teacher = self.load_transformer(self.folder)
+        student = with_guidance(teacher).to(self.device)
+        return teacher, student, student
+
+    def load_transformer(self, folder: Path) -> SanaTransformer2DModel:
+        """A pipeline folder's, frozen. fp32 under autocast: published weights are bf16, in which residuals and times lose bits."""
+        transformer = load_model(
+            SanaTransformer2DModel, folder / "transformer", dtype=torch.float32, device=self.device
+        )
+        return transformer.requires_grad_(False)
 
     @property
     def players(self) -> Mapping[str, nn.Module]:
@@ -107,14 +117,19 @@ class StudentStage:
             batch = self._batch(part)
             if self.adversary and self.player(part.step) == "discriminator":
                 with torch.no_grad():
-                    student = self.denoiser(batch.embeddings, batch.guidance)
+                    student = self.denoiser(self._student_context(batch), batch.guidance)
                 return self.adversary.discriminator_loss(student, batch.u0, batch.captioned)
             return self.student_loss(batch, part.step)
 
-    def denoiser(self, embeddings: PromptEmbeddings, guidance: Tensor) -> Denoiser:
-        """The student, told the captions and the guidance scales (B,)."""
-        context = self.transformer.encode_caption(embeddings.embeds, embeddings.mask)
-        return self._denoiser(context, guidance)
+    def context(
+        self, model: FlowModel, embeds: Tensor, mask: Tensor | None, indices: Tensor | None
+    ) -> CaptionContext:
+        """What a model is told of embedded captions (B,L,D), and of the samples at these places of the cache if it is more.
+
+        `indices` None stands for the validation samples.
+        """
+        assert isinstance(model, SanaTransformer2DModel)
+        return model.encode_caption(embeds, mask)
 
     def validate(self, folder: Path, step: int) -> Metrics:
         """Pictures of fixed prompts from fixed noise: a row each at 1, 2 and 4 steps."""
@@ -122,7 +137,8 @@ class StudentStage:
         with autocast(self.config):
             embeddings = embed(self.encoder, self.validation_captions, instruction=True)
             denoiser = self.denoiser(
-                embeddings, torch.full((shape[0],), VALIDATION_GUIDANCE, device=self.device)
+                self.context(self.transformer, embeddings.embeds, embeddings.mask, None),
+                torch.full((shape[0],), VALIDATION_GUIDANCE, device=self.device),
             )
             rows = []
             for num_steps in (1, 2, 4):
@@ -140,6 +156,7 @@ class StudentStage:
 
     def export(self, folder: Path) -> None:
         """Writes a whole pipeline folder, weights in bf16."""
+        assert isinstance(self.transformer, SanaTransformer2DModel)
         save_model(self.transformer, folder / "transformer", dtype=torch.bfloat16)
         for part in ("text_encoder", "tokenizer", "vae"):
             shutil.copytree(self.folder / part, folder / part, dirs_exist_ok=True)
@@ -148,8 +165,8 @@ class StudentStage:
 
     def student_loss(self, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
         """Weighted sum of the losses; one of them may be absent."""
-        context = self.transformer.encode_caption(batch.embeddings.embeds, batch.embeddings.mask)
-        student = self._denoiser(context, batch.guidance)
+        context = self._student_context(batch)
+        student = self.denoiser(context, batch.guidance)
         loss, metrics = torch.zeros((), device=self.device), Metrics()
         # First, because of what it computes only the student's pass is kept.
         if self.adversary:
@@ -197,22 +214,26 @@ class StudentStage:
         guidance = scales[torch.randint(len(scales), (len(u0),))].to(self.device)
         instruction = float(torch.rand(())) < self.config.instruction_rate
         embeddings = self.embed(captions, instruction=instruction)
-        captioned = self.teacher.encode_caption(embeddings.embeds, embeddings.mask)
-        return Batch(u0, embeddings, guidance, captioned)
+        captioned = self.context(self.teacher, embeddings.embeds, embeddings.mask, order)
+        uncaptioned = self.context(self.teacher, embeddings.embeds[:, :1], None, order)
+        return Batch(u0, embeddings, guidance, captioned, uncaptioned, order)
+
+    def _student_context(self, batch: Batch) -> CaptionContext:
+        return self.context(self.transformer, batch.embeddings.embeds, batch.embeddings.mask, batch.indices)
 
     def guided_teacher(self, batch: Batch) -> Denoiser:
         """The guided teacher. Guidance is affine in the velocity, so it is the same before and after the transform."""
-        empty = unconditional(self.teacher, batch.embeddings)
         velocity = guided(
             velocity_of(self.teacher, batch.captioned),
-            velocity_of(self.teacher, empty),
+            velocity_of(self.teacher, batch.uncaptioned),
             batch.guidance,
             projected=self.config.guidance_projected,
             limit=self.config.guidance_limit,
         )
         return flow_denoiser(velocity)
 
-    def _denoiser(self, context: CaptionContext, guidance: Tensor) -> Denoiser:
+    def denoiser(self, context: CaptionContext, guidance: Tensor) -> Denoiser:
+        """The student, told its context and the guidance scales (B,)."""
         return flow_denoiser(velocity_of(self.transformer, context, guidance))
 
 

@@ -17,16 +17,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sana_sprint.models.controlnet import ControlContext
 from sana_sprint.models.layers import autocast_off
-from sana_sprint.models.transformer import CaptionContext, SanaTransformer2DModel
-from sana_sprint.train.conditioning import velocity_of
+from sana_sprint.models.transformer import CaptionContext
+from sana_sprint.train.conditioning import FlowModel, velocity_of
+from sana_sprint.train.control import ControlledContext
 from sana_sprint.train.dual import Dual, transform
 from sana_sprint.trigflow import Denoiser, expand_like, flow_denoiser, trig_to_flow
 
 TangentKind = Literal["dual", "jvp", "difference"]
 
 # (transformer, context, u, t, teacher_F, guidance) -> F', as `make_tangent` describes.
-Tangent = Callable[[SanaTransformer2DModel, CaptionContext, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+Tangent = Callable[[FlowModel, CaptionContext, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 # In units of the direction, whose time part is at most 1/2 in training. Truncation (and the kinks of ReLU attention)
 # grow with the step, fp32 rounding with its inverse. On the embedded model the error is least near here, 0.3%.
@@ -50,7 +52,7 @@ def make_tangent(kind: TangentKind) -> Tangent:
     way = WAYS[kind]
 
     def tangent(
-        transformer: SanaTransformer2DModel,
+        transformer: FlowModel,
         context: CaptionContext,
         u: Tensor,
         t: Tensor,
@@ -65,7 +67,7 @@ def make_tangent(kind: TangentKind) -> Tangent:
 
 
 def value_and_tangent(
-    transformer: SanaTransformer2DModel,
+    transformer: FlowModel,
     context: CaptionContext,
     u: Tensor,
     t: Tensor,
@@ -99,7 +101,7 @@ def value_and_tangent(
 
 
 def value_and_tangent_by_jvp(
-    transformer: SanaTransformer2DModel,
+    transformer: FlowModel,
     context: CaptionContext,
     u: Tensor,
     t: Tensor,
@@ -119,7 +121,7 @@ def value_and_tangent_by_jvp(
 
 
 def value_and_tangent_by_difference(
-    transformer: SanaTransformer2DModel,
+    transformer: FlowModel,
     context: CaptionContext,
     u: Tensor,
     t: Tensor,
@@ -153,16 +155,19 @@ WAYS = {
 }
 
 
-def _denoiser(
-    transformer: SanaTransformer2DModel, context: CaptionContext, guidance: Tensor | None
-) -> Denoiser:
+def _denoiser(transformer: FlowModel, context: CaptionContext, guidance: Tensor | None) -> Denoiser:
     return flow_denoiser(velocity_of(transformer, context, guidance))
 
 
 def _widened(context: CaptionContext, dtype: torch.dtype) -> CaptionContext:
     """Keys and values that were encoded in half precision, as inputs of a wider pass."""
-    return CaptionContext(
+    captions = CaptionContext(
         tuple(key.to(dtype) for key in context.keys),
         tuple(value.to(dtype) for value in context.values),
         context.bias,
     )
+    if not isinstance(context, ControlledContext):
+        return captions
+    control = context.control
+    wide = ControlContext(_widened(control.captions, dtype), control.condition.to(dtype))
+    return ControlledContext.of(captions, wide)

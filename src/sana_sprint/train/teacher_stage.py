@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
-from sana_sprint.models.text_encoder import PromptEncoder, load_tokenizer
+from sana_sprint.models.text_encoder import PromptEncoder, load_text_encoder, load_tokenizer
 from sana_sprint.models.transformer import SanaTransformer2DModel, TransformerConfig
 from sana_sprint.train import distributed
 from sana_sprint.train.conditioning import embed
@@ -15,27 +17,37 @@ from sana_sprint.train.config import TeacherRun
 from sana_sprint.train.flow_stage import FlowStage
 from sana_sprint.train.stage import Report
 from sana_sprint.train.text import make_text_encoder, train_tokenizer
+from sana_sprint.weights import load_model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import Gemma2Model, PreTrainedTokenizerBase
 
 NUM_TOKENIZER_CAPTIONS = 20_000
 
 
 class TeacherStage(FlowStage):
-    """From scratch: tokenizer, text encoder and transformer."""
+    """Tokenizer, text encoder and transformer: new ones, or those of the folder that the run starts from."""
 
     def __init__(self, config: TeacherRun, *, report: Report) -> None:
         super().__init__(config, config.autoencoder, report=report)
-        tokenizer = self._tokenizer(config)
-        text_encoder = make_text_encoder(len(tokenizer), config.text_encoder)
+        tokenizer, text_encoder, transformer = (
+            self._new(config) if config.start is None else _load(config.start)
+        )
         self.encoder = PromptEncoder(tokenizer, text_encoder)
         self.embed = partial(embed, self.encoder)
-        self.transformer = SanaTransformer2DModel(TransformerConfig.from_dict(config.model))
+        self.transformer = transformer
         self.transformer.gradient_checkpointing = config.gradient_checkpointing
-        _initialise(self.transformer)
         both = nn.ModuleDict({"transformer": self.transformer, "text_encoder": text_encoder})
         self.players = {"teacher": both.to(self.device)}
+
+    def _new(self, config: TeacherRun) -> tuple[PreTrainedTokenizerBase, Gemma2Model, SanaTransformer2DModel]:
+        assert config.text_encoder is not None  # as the config checks
+        assert config.model is not None
+        tokenizer = self._tokenizer(config)
+        text_encoder = make_text_encoder(len(tokenizer), config.text_encoder)
+        transformer = SanaTransformer2DModel(TransformerConfig.from_dict(config.model))
+        _initialise(transformer)
+        return tokenizer, text_encoder, transformer
 
     def _tokenizer(self, config: TeacherRun) -> PreTrainedTokenizerBase:
         """Learnt by the first process, once for a run: the others, and a resumed run, read it back."""
@@ -45,6 +57,14 @@ class TeacherStage(FlowStage):
             train_tokenizer(captions, config.tokenizer_vocab).save_pretrained(str(folder))
         distributed.barrier()
         return load_tokenizer(folder)
+
+
+def _load(folder: Path) -> tuple[PreTrainedTokenizerBase, Gemma2Model, SanaTransformer2DModel]:
+    return (
+        load_tokenizer(folder / "tokenizer"),
+        load_text_encoder(folder / "text_encoder", dtype=torch.float32).train(),
+        load_model(SanaTransformer2DModel, folder / "transformer", dtype=torch.float32).train(),
+    )
 
 
 def _initialise(transformer: SanaTransformer2DModel) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sana_sprint.images import to_rgb
 from sana_sprint.models.autoencoder import AutoencoderDC
+from sana_sprint.resolutions import nearest_bucket
 from sana_sprint.train.data.records import Record, Sample, Unreadable
 
 
@@ -48,6 +49,14 @@ def fit(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
         min(top + height * scale, old_height),
     )
     return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC, box=box))
+
+
+def fit_bucket(pixels: np.ndarray, size: int | None, multiple: int) -> np.ndarray:
+    """`fit` to the nearest aspect bucket of native side `size`, its sides multiples of `multiple`; None changes nothing."""
+    if size is None:
+        return pixels
+    height, width = pixels.shape[:2]
+    return fit(pixels, *nearest_bucket(height, width, size, multiple))
 
 
 def pictures(

@@ -29,6 +29,10 @@ class Source(Protocol):
     """An endless stream of samples (`source(index)`), and the set behind it, by position."""
 
     @property
+    def is_concurrent(self) -> bool:
+        """Whether several threads may ask for samples."""
+
+    @property
     def training(self) -> Sequence[int]:
         """Positions of the set that are trained on."""
 
@@ -88,6 +92,10 @@ class RecordSource:
         self.validation = range(_HELD_OUT_EVERY - 1, len(records), _HELD_OUT_EVERY)[:_MAX_HELD_OUT]
         self.training: Sequence[int] = sorted(set(range(len(records))) - set(self.validation))
 
+    @property
+    def is_concurrent(self) -> bool:
+        return True
+
     def __call__(self, index: int) -> Sample:
         """Raises ValueError when too many pictures have turned out unreadable."""
         if index >= VALIDATION_START:
@@ -141,6 +149,7 @@ class FunctionSource:
     """See `Source`: an endless set, made sample by sample."""
 
     training = range(VALIDATION_START)
+    is_concurrent = False  # a function need not be safe to call from several threads
 
     def __init__(self, source: str) -> None:
         self.source = source
