@@ -24,6 +24,11 @@ from sana_sprint.resolutions import Size, cover
 
 Picture = Image.Image | str | os.PathLike[str]
 
+
+class BlankPictureError(ValueError):
+    """A picture without lines or edges to follow."""
+
+
 MIN_SIDE = 8  # pixels; smaller pictures hold no sketch
 MIN_CONTRAST = 24 / 255  # of ink to its canvas; compression alone makes a tenth of full contrast at most
 INK_SHARE = 0.25  # of the strongest ink's contrast: fainter marks are smudges
@@ -83,7 +88,8 @@ def condition(
         thickness: of a scribble's lines, in pixels of the result; None keeps them as drawn.
 
     Raises:
-        ValueError: for an unknown kind, a picture that cannot be read or says nothing, and a package not installed.
+        ValueError: for an unknown kind, a picture that cannot be read, and a package not installed.
+        BlankPictureError: the picture says nothing.
     """
     check_kind(kind, thickness)
     source = open_picture(picture)
@@ -151,7 +157,7 @@ def _as_picture(lines: Tensor) -> Tensor:
 def _not_blank(picture: Tensor) -> Tensor:
     span = picture.amax(dim=(2, 3)) - picture.amin(dim=(2, 3))
     if float(span.max()) < 2 * MIN_CONTRAST:
-        raise ValueError("the picture is blank: it has no lines or edges to follow")
+        raise BlankPictureError("the picture is blank: it has no lines or edges to follow")
     return picture
 
 
@@ -161,7 +167,7 @@ def _not_blank(picture: Tensor) -> Tensor:
 def scribble(picture: Image.Image, height: int, width: int) -> Tensor:
     """Lines (height,width) of a drawing: whatever differs from its canvas, the most frequent colour.
 
-    Raises ValueError if nothing does, on a white or on a black ground where it is transparent.
+    Raises BlankPictureError if nothing does, on a white or on a black ground where it is transparent.
     """
     for background in ("white", "black"):  # strokes may be as white as the first
         ink = _ink(from_pil(picture, background=background))
@@ -171,7 +177,7 @@ def scribble(picture: Image.Image, height: int, width: int) -> Tensor:
             break
     strongest = float(ink.max())
     if strongest < MIN_CONTRAST:
-        raise ValueError("the picture is blank: draw lines on it")
+        raise BlankPictureError("the picture is blank: draw lines on it")
     lines = (ink > max(INK_SHARE * strongest, MIN_CONTRAST / 2)).float()
     # Widened first, so that no line becomes thinner than a pixel where the picture shrinks.
     shrinking = min(lines.shape[0] / height, lines.shape[1] / width)
