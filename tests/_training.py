@@ -17,6 +17,7 @@ from pydantic import TypeAdapter
 from sana_sprint.train import config, loop
 from sana_sprint.train.adaptation_stage import AdaptationStage
 from sana_sprint.train.autoencoder_stage import AutoencoderStage
+from sana_sprint.train.control_stage import ControlStudentStage, ControlTeacherStage
 from sana_sprint.train.stage import Stage
 from sana_sprint.train.student_stage import StudentStage
 from sana_sprint.train.teacher_stage import TeacherStage
@@ -34,6 +35,12 @@ def colored_square(index: int) -> tuple[np.ndarray, str]:
     return picture, f"a {name} square"
 
 
+def square_mask(pixels: np.ndarray, position: int) -> np.ndarray:
+    """A condition for `colored_square`: white where the square is, black elsewhere."""
+    inside = (pixels != 128).any(axis=2, keepdims=True)
+    return np.repeat(np.where(inside, np.uint8(255), np.uint8(0)), 3, axis=2)
+
+
 def parse(values: dict[str, Any]) -> config.AnyRun:
     return TypeAdapter[config.AnyRun](config.RunConfig).validate_python(values)
 
@@ -49,6 +56,10 @@ def make(run: config.AnyRun) -> Stage:
         return AdaptationStage(run, report=silent)
     if isinstance(run, config.TeacherRun):
         return TeacherStage(run, report=silent)
+    if isinstance(run, config.ControlTeacherRun):
+        return ControlTeacherStage(run, report=silent)
+    if isinstance(run, config.ControlStudentRun):
+        return ControlStudentStage(run, report=silent)
     return StudentStage(run, report=silent)
 
 
@@ -90,6 +101,8 @@ def chain() -> Path:
     train(teacher_run(folder / "teacher", folder / "autoencoder" / "final"))
     train(adaptation_run(folder / "adaptation", folder / "teacher" / "final"))
     train(hybrid_run(folder / "student", folder / "teacher" / "final", r1_weight=0.1))
+    train(control_teacher_run(folder / "control-teacher", folder))
+    train(control_student_run(folder / "control-student", folder))
     return folder
 
 
@@ -180,3 +193,28 @@ def hybrid_run(output: Path, teacher: Path, *, steps: int = 4, **discriminator: 
     """A student with a discriminator; further arguments are the latter's fields."""
     heads = {"blocks": [0, 1], "optimizer": {"warmup_steps": 0}, **discriminator}
     return {**student_run(output, teacher, steps=steps), "discriminator": heads}
+
+
+def control_teacher_run(output: Path, chain: Path, *, steps: int = 3) -> dict[str, Any]:
+    """A branch for the teacher of a chain."""
+    return {
+        "stage": "control-teacher",
+        "output": str(output),
+        "precision": "fp32",
+        "teacher": str(chain / "teacher" / "final"),
+        "data": {"source": "_training:colored_square", "num_samples": 24},
+        "control": {"condition": "_training:square_mask", "num_copies": 1},
+        "optimizer": {"warmup_steps": 1, "learning_rate": 1e-3},
+        "schedule": _schedule(steps),
+    }
+
+
+def control_student_run(output: Path, chain: Path, *, steps: int = 4) -> dict[str, Any]:
+    """A branch for the student of a chain, from its control-teacher run."""
+    return {
+        **hybrid_run(output, chain / "teacher" / "final", steps=steps, r1_weight=0.1),
+        "stage": "control-student",
+        "student": str(chain / "student" / "final"),
+        "controlnet": str(chain / "control-teacher" / "final" / "controlnet"),
+        "condition": "_training:square_mask",
+    }
