@@ -43,7 +43,11 @@ class Toy:
             # Its vectors move with every forward pass, as those of the real one's heads.
             judge = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 1))
             self.players = {**self.players, "discriminator": judge}
-        self.data = torch.randn(10, 6, generator=torch.Generator().manual_seed(1))
+        self.inputs = torch.randn(10, 6, generator=torch.Generator().manual_seed(1))
+
+    @property
+    def data(self) -> Mapping[str, str]:
+        return {"vectors": str(len(self.inputs))}
 
     def player(self, step: int) -> str:
         return list(self.players)[step % len(self.players)]
@@ -51,9 +55,9 @@ class Toy:
     def loss(self, part: Part) -> tuple[Tensor, Metrics]:
         if part.step == self.die_at:
             os.kill(os.getpid(), signal.SIGKILL)
-        player, indices = self.player(part.step), shuffled(part.indices, len(self.data), self.run.seed)
+        player, indices = self.player(part.step), shuffled(part.indices, len(self.inputs), self.run.seed)
         self.seen.append((player, indices.tolist()))
-        x = self.data[indices]
+        x = self.inputs[indices]
         made = self.student(x + 0.1 * torch.randn_like(x))
         judge = self.players.get("discriminator", nn.Identity())
         if player == "discriminator":

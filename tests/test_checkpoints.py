@@ -35,7 +35,7 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="no space"):
-        save_checkpoint(parse(toy_run(tmp_path, steps=2)), 2, {})
+        save_checkpoint(parse(toy_run(tmp_path, steps=2)), 2, {}, {})
     monkeypatch.undo()
     assert names(tmp_path) == ["checkpoint-00000001.pt"]
     train_toy(toy_run(tmp_path, steps=2))
@@ -85,6 +85,18 @@ def test_a_checkpoint_of_another_run_is_refused(
         train_toy(toy_run(tmp_path, steps=2, **changes))
 
 
+def test_a_checkpoint_of_other_data_is_refused(tmp_path: Path) -> None:
+    train_toy(toy_run(tmp_path, steps=1))
+    run = parse(toy_run(tmp_path, steps=2))
+    (path,) = checkpoints(tmp_path)
+    with pytest.raises(ValueError, match=r"other data \(vectors: 12, was 10\): restore that, or begin a run"):
+        load_checkpoint(path, run, {"vectors": "12"})
+    content = torch.load(path, weights_only=True)
+    del content["data"]
+    torch.save(content, path)
+    assert load_checkpoint(path, run, {"vectors": "12"})["step"] == 1  # it does not tell
+
+
 def test_length_and_reports_may_change(tmp_path: Path) -> None:
     train_toy(toy_run(tmp_path, steps=1))
     changes = {"schedule.log_every": 1, "schedule.save_every": 3, "tensorboard": False, "resume": "latest"}
@@ -96,10 +108,10 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     run = parse(toy_run(tmp_path))
     (tmp_path / "text.pt").write_text("hello")
     with pytest.raises(ValueError, match=r"text\.pt cannot be read as a checkpoint"):
-        load_checkpoint(tmp_path / "text.pt", run)
+        load_checkpoint(tmp_path / "text.pt", run, {})
     torch.save({"module": {}}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="is not a checkpoint of this version"):
-        load_checkpoint(tmp_path / "other.pt", run)
+        load_checkpoint(tmp_path / "other.pt", run, {})
 
 
 def test_a_finished_run_is_exported_again_and_not_changed(tmp_path: Path) -> None:

@@ -180,15 +180,32 @@ def _recoloured(folder: Path) -> None:
     ids=["picture", "caption", "weights", "config", "dtype"],
 )
 def test_stale_latents_are_never_met(change: Any, folder: Path, autoencoder: AutoencoderDC) -> None:
-    positions = range(len(SHAPES))
-
     def key(size: int | None = SIZE) -> str:
-        return latents._Encoder(latents.open_source(str(folder)), autoencoder, size).key(positions)
+        (path,) = latents.latent_files(folder, latents.open_source(str(folder)), len(SHAPES), autoencoder, size)
+        return path.name
 
     before = key()
     assert key() == before != key(size=32)
     change(folder, autoencoder)
     assert key() != before
+
+
+def test_the_cache_tells_what_it_was_made_from(folder: Path, autoencoder: AutoencoderDC) -> None:
+    def changed(before: dict[str, str]) -> set[str]:
+        now = cached(folder, autoencoder)[0].facts
+        return {name for name in now.keys() | before.keys() if now.get(name) != before.get(name)}
+
+    facts = dict(cached(folder, autoencoder)[0].facts)
+    assert facts["samples"] == "10"
+    assert changed(facts) == set()
+    (folder / "0003.txt").write_text("other words")
+    assert changed(facts) == {"pictures and captions"}
+    (folder / "0003.txt").write_text("picture 3\n")
+    next(autoencoder.encoder.parameters()).data.add_(1e-3)
+    assert changed(facts) == {"autoencoder and size"}
+    (folder / "9999.png").write_bytes(png(99, (16, 16)))
+    (folder / "9999.txt").write_text("a new one")
+    assert changed(facts) == {"samples", "pictures and captions", "autoencoder and size"}
 
 
 def test_latents_stay_on_disk(folder: Path, autoencoder: AutoencoderDC) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +16,16 @@ from sana_sprint.models.autoencoder import AutoencoderConfig, AutoencoderDC
 from sana_sprint.train import distributed
 from sana_sprint.train.config import AutoencoderRun
 from sana_sprint.train.data import VALIDATION_START, channels_last, open_source, pictures
+from sana_sprint.train.data.ahead import Ahead
+from sana_sprint.train.data.pictures import fit
+from sana_sprint.train.data.records import Sample
+from sana_sprint.train.learner import own_parts
+from sana_sprint.train.parts import digest
 from sana_sprint.train.stage import Metrics, Part, Report, autocast
 from sana_sprint.weights import save_model
 
 NUM_VALIDATION = 128
+_PARTS_AHEAD = 2
 
 
 class AutoencoderStage:
@@ -30,6 +38,12 @@ class AutoencoderStage:
         self.module = channels_last(AutoencoderDC(AutoencoderConfig.from_dict(config.model)).to(self.device))
         self.players = {"autoencoder": self.module}
         self.source = open_source(config.data.source, report=report, max_bad=config.data.max_bad_fraction)
+        self.samples = Ahead(self._sample, is_concurrent=self.source.is_concurrent)
+        training = self.source.training
+        self.data: Mapping[str, str] = {
+            "samples": str(len(training)),
+            "pictures and captions": digest(self.source.digest(training))[:16],
+        }
 
     def player(self, step: int) -> str:
         """The autoencoder, always."""
@@ -37,6 +51,9 @@ class AutoencoderStage:
 
     def loss(self, part: Part) -> tuple[Tensor, Metrics]:
         """Reconstruction of the part's pictures from noised latents, plus the latents' size."""
+        # While this part is computed, threads read the next ones.
+        for each in itertools.islice(self._from(part), 1 + _PARTS_AHEAD):
+            self.samples.expect(each.indices)
         image = self._images(part.indices)
         with autocast(self.config):
             latent = self.module.encode(image).float()
@@ -71,8 +88,20 @@ class AutoencoderStage:
         self.module.config = config
         save_model(self.module, folder)
 
-    def _images(self, indices: range) -> Tensor:
-        return pictures(self.source, indices, self.config.data.size)[0].to(self.device)
+    def _images(self, indices: Sequence[int]) -> Tensor:
+        self.samples.expect(indices)
+        return pictures(self.samples, indices)[0].to(self.device)
+
+    def _sample(self, index: int) -> Sample:
+        pixels, captions = self.source(index)
+        size = self.config.data.size
+        return pixels if size is None else fit(pixels, size, size), captions
+
+    def _from(self, part: Part) -> Iterator[Part]:
+        """This part and those that follow it in this process, to the end of the training."""
+        steps = range(part.step, self.config.schedule.steps)
+        own = (each for step in steps for _, each in own_parts(step, self.config))
+        return itertools.dropwhile(lambda each: each != part, own)
 
 
 def _psnr(mse: float) -> float:

@@ -12,16 +12,24 @@ import torch
 from sana_sprint.train.config import MAY_CHANGE, AnyRun
 
 
-def save_checkpoint(config: AnyRun, step: int, learner: Mapping[str, Any]) -> Path:
+def save_checkpoint(
+    config: AnyRun, step: int, learner: Mapping[str, Any], data: Mapping[str, str]
+) -> Path:
     """Writes `checkpoint-<step>.pt` into the run's folder and deletes all but the newest few; returns its path.
 
-    Neither a crash nor a power cut leaves a half-written checkpoint under that name.
+    `data` is what the run has been trained on, as `stage.Stage.data` has it. Neither a crash nor a power cut leaves a half-written checkpoint under that name.
     """
     folder = config.output
     path = folder / f"checkpoint-{step:08d}.pt"
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
-        torch.save({"step": step, "config": config.model_dump(mode="json"), "learner": learner}, file)
+        content = {
+            "step": step,
+            "config": config.model_dump(mode="json"),
+            "data": dict(data),
+            "learner": learner,
+        }
+        torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
@@ -61,18 +69,23 @@ def find_checkpoint(config: AnyRun) -> Path | None:
     return path
 
 
-def load_checkpoint(path: Path, config: AnyRun) -> dict[str, Any]:
-    """A checkpoint's content: "step" and "learner".
+def load_checkpoint(path: Path, config: AnyRun, data: Mapping[str, str]) -> dict[str, Any]:
+    """A checkpoint's content: "step" and "learner". One that does not tell its data is taken as it is.
 
     Raises:
-        ValueError: it is not a checkpoint of this program's, or that of a run with another config; the message names the
-            fields that differ.
+        ValueError: it is not a checkpoint of this program's, or that of a run with another config or other data; the
+            message names what differs.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a file that is something else breaks the unpickler in any way
         raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
-    if not isinstance(content, dict) or content.keys() != {"step", "config", "learner"}:
+    if not isinstance(content, dict) or content.keys() | {"data"} != {
+        "step",
+        "config",
+        "data",
+        "learner",
+    }:
         raise ValueError(f"{path} is not a checkpoint of this version")
     then, now = _flat(content["config"]), _flat(config.model_dump(mode="json"))
     differing = [
@@ -82,7 +95,16 @@ def load_checkpoint(path: Path, config: AnyRun) -> dict[str, Any]:
     ]
     if differing:
         raise ValueError(f"{path} belongs to another run: {'; '.join(differing)}")
+    _check_data(path, content.get("data", data), data)
     return content
+
+
+def _check_data(path: Path, then: Mapping[str, str], now: Mapping[str, str]) -> None:
+    changed = [f"{name}: {now.get(name)}, was {was}" for name, was in then.items() if now.get(name) != was]
+    if changed:
+        raise ValueError(
+            f"{path} was trained on other data ({'; '.join(changed)}): restore that, or begin a run with another output"
+        )
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

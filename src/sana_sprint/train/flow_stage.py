@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -54,6 +55,11 @@ class FlowStage:
         self.cache, self.validation_captions = latents_of_run(
             config, self.autoencoder, num_validation=NUM_VALIDATION_CAPTIONS, report=report
         )
+
+    @property
+    def data(self) -> Mapping[str, str]:
+        """The latents'."""
+        return self.cache.facts
 
     def player(self, step: int) -> str:
         """The teacher, always."""

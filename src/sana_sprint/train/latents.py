@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from sana_sprint.train.data.source import (
     open_source,
     refuse_too_many,
 )
-from sana_sprint.train.parts import Part, digest, make_parts, read_part, write_part
+from sana_sprint.train.parts import Part, cut, digest, make_parts, read_part, write_part
 
 _FORMAT = "latents 2: bf16, of a bf16 autocast"  # part of every key; changes with what the files hold
 _PIXELS_AT_ONCE = 2**20  # through the autoencoder: one 1024 px picture
@@ -39,10 +39,16 @@ class LatentCache:
     The latents stay on disk, mapped into memory; captions are in memory.
     """
 
-    def __init__(self, blocks: Sequence[Tensor], captions: Sequence[Sequence[str]]) -> None:
-        """Args: blocks of latents, each (n,C,h,w); the captions of all, in the blocks' order."""
+    def __init__(
+        self,
+        blocks: Sequence[Tensor],
+        captions: Sequence[Sequence[str]],
+        facts: Mapping[str, str] | None = None,
+    ) -> None:
+        """Args: blocks of latents, each (n,C,h,w); the captions of all, in the blocks' order; `stage.Stage.data`."""
         self.blocks = blocks
         self.captions = captions
+        self.facts = facts or {}
         self._starts = [0, *itertools.accumulate(map(len, blocks))]
         indices = torch.split(torch.arange(len(captions)), [len(block) for block in blocks])
         shapes = [_shape(block) for block in blocks]
@@ -147,17 +153,18 @@ def cached_latents(
     positions = opened.training[:num_samples]
     encoder = _Encoder(opened, autoencoder, size)
 
-    def make(part: range) -> Path:
+    def make(part: range) -> tuple[Path, str]:
         chosen = positions[part.start : part.stop]
-        path = folder / "latents" / f"{encoder.key(chosen)}.safetensors"
+        samples = opened.digest(chosen)
+        path = encoder.path(folder, samples)
         if not path.is_file():
             encoder.write(path, chosen)
             # Here too, not only after hours of encoding.
             refuse_too_many(encoder.skipped, len(positions), max_bad)
-        return path
+        return path, samples
 
     made = make_parts(len(positions), make, label="latents")
-    parts = {part: read_part(path) for part, path in made.items()}
+    parts = {part: read_part(path) for part, (path, _) in made.items()}
     skipped, uncaptioned = _problems(parts, lambda i: opened.name(positions[i]))
     for name, reason in skipped.items():
         report(f"skipped {name}: {reason}")
@@ -166,6 +173,11 @@ def cached_latents(
     cache = LatentCache(
         [tensors[name] for tensors, facts in parts.values() for name in facts["captions"]],
         [texts for _, facts in parts.values() for block in facts["captions"].values() for texts in block],
+        {
+            "samples": str(len(positions)),
+            "pictures and captions": digest(*(samples for _, samples in made.values()))[:16],
+            "autoencoder and size": encoder.settings[:16],
+        },
     )
     whole = f" of {len(opened.training)}" if isinstance(opened, RecordSource) else ""
     report(
@@ -173,6 +185,17 @@ def cached_latents(
         f"{len(skipped)} unreadable, {len(uncaptioned)} without caption"
     )
     return cache
+
+
+def latent_files(
+    folder: Path, source: Source, num_samples: int, autoencoder: AutoencoderDC, size: int | None = None
+) -> list[Path]:
+    """The files that `cached_latents` with these arguments reads, whether they are there or not."""
+    positions = source.training[:num_samples]
+    encoder = _Encoder(source, autoencoder, size)
+    return [
+        encoder.path(folder, source.digest(positions[part.start : part.stop])) for part in cut(len(positions))
+    ]
 
 
 def _problems(parts: dict[range, Part], name: Callable[[int], str]) -> tuple[dict[str, str], dict[str, str]]:
@@ -201,8 +224,9 @@ class _Encoder:
         self.skipped: dict[str, str] = {}  # name -> reason, of all parts written here
         self.settings = digest(_FORMAT, size, autoencoder.config, autoencoder.encoder)
 
-    def key(self, positions: Sequence[int]) -> str:
-        return digest(self.settings, self.source.digest(positions))[:32]
+    def path(self, folder: Path, samples: str) -> Path:
+        """The file of samples with this hash."""
+        return folder / "latents" / f"{digest(self.settings, samples)[:32]}.safetensors"
 
     def write(self, path: Path, positions: Sequence[int]) -> None:
         """Encodes samples and writes them, those of one shape as one tensor."""

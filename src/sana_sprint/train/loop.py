@@ -8,7 +8,7 @@ optimisation, the moving average, logging, checkpoints and resuming. Torch is se
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from functools import partial
 
@@ -35,12 +35,13 @@ def run(
         True when the last step was done and the model exported; False when it was told to stop before.
 
     Raises:
-        ValueError: the batch cannot be divided, or the checkpoint to resume is missing or another run's.
+        ValueError: the batch cannot be divided, or the checkpoint to resume is missing, another run's, or
+            of other data.
         ImportError: the run asks for a package that is not installed.
         RuntimeError: the loss or gradient was not finite too many steps in a row.
     """
     learner = Learner(stage, config)
-    first_step = _resume(learner, config, report)
+    first_step = _resume(learner, config, stage.data, report)
     if distributed.rank() == 0:
         config.output.mkdir(parents=True, exist_ok=True)
         (config.output / "config.json").write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -85,7 +86,7 @@ def _train(
         if is_last or step % schedule.log_every == 0:
             journal.write_averages(step, {"skipped_steps": learner.skipped_steps})
         if is_last or is_stopping or step % schedule.save_every == 0:
-            _save(learner, config, step)
+            _save(learner, config, step, stage.data)
         if is_stopping:
             if distributed.rank() == 0:
                 report(f"stopped at step {step}, and saved")
@@ -95,12 +96,12 @@ def _train(
     return True
 
 
-def _resume(learner: Learner, config: AnyRun, report: Report) -> int:
+def _resume(learner: Learner, config: AnyRun, data: Mapping[str, str], report: Report) -> int:
     """Takes up the checkpoint that the config asks for; returns the number of steps done."""
     path = find_checkpoint(config)
     if path is None:
         return 0
-    checkpoint = load_checkpoint(path, config)
+    checkpoint = load_checkpoint(path, config, data)
     learner.load_state(checkpoint["learner"])
     step = int(checkpoint["step"])
     if distributed.rank() == 0:
@@ -108,7 +109,7 @@ def _resume(learner: Learner, config: AnyRun, report: Report) -> int:
     return step
 
 
-def _save(learner: Learner, config: AnyRun, step: int) -> None:
+def _save(learner: Learner, config: AnyRun, step: int, data: Mapping[str, str]) -> None:
     state = learner.state()
     if distributed.rank() == 0:
-        save_checkpoint(config, step, state)
+        save_checkpoint(config, step, state, data)

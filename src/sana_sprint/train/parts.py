@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -24,20 +24,27 @@ from sana_sprint.train import distributed
 Part = tuple[dict[str, Tensor], dict[str, Any]]  # what a file holds: tensors and facts
 PART_SIZE = 512  # samples: 32 MB of 1024 px latents
 
+Made = TypeVar("Made")
 
-def make_parts(count: int, make: Callable[[range], Path], *, label: str) -> dict[range, Path]:
+
+def cut(count: int) -> list[range]:
+    """Samples 0 to count - 1 in parts."""
+    return [range(start, min(start + PART_SIZE, count)) for start in range(0, count, PART_SIZE)]
+
+
+def make_parts(count: int, make: Callable[[range], Made], *, label: str) -> dict[range, Made]:
     """Has every part of samples 0 to count - 1 made, each by one of the processes; returns all, in order.
 
     Args:
         count: samples.
-        make: given a part's samples, returns its file, made if absent.
+        make: given a part's samples, returns where it is, such as its file, made if absent.
         label: of the progress bar.
     """
-    parts = [range(start, min(start + PART_SIZE, count)) for start in range(0, count, PART_SIZE)]
+    parts = cut(count)
     rank, size = distributed.rank(), distributed.world_size()
     with tqdm(parts[rank::size], desc=label, unit="part", dynamic_ncols=True, disable=rank != 0) as own:
         made = {part: make(part) for part in own}
-    everywhere = {part: path for each in distributed.gather(made) for part, path in each.items()}
+    everywhere = {part: place for each in distributed.gather(made) for part, place in each.items()}
     return {part: everywhere[part] for part in parts}
 
 

@@ -32,6 +32,10 @@ class Stage(Protocol):
     def players(self) -> Mapping[str, nn.Module]:
         """What learns, by name. The first is averaged, validated and exported with its average."""
 
+    @property
+    def data(self) -> Mapping[str, str]:
+        """What it is trained on, hashes mostly, by the names that a message gives them."""
+
     def player(self, step: int) -> str:
         """Who learns at this step: a function of the step alone, so that neither a skipped step nor a resume shifts it."""
 

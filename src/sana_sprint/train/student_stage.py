@@ -107,6 +107,11 @@ class StudentStage:
         players: dict[str, nn.Module] = {"student": self.student}
         return {**players, "discriminator": self.adversary.discriminator} if self.adversary else players
 
+    @property
+    def data(self) -> Mapping[str, str]:
+        """The latents'."""
+        return self.cache.facts
+
     def player(self, step: int) -> str:
         """The student on even steps, the discriminator on odd ones; the student always, if it is alone."""
         return "discriminator" if self.adversary and step % 2 else "student"

@@ -60,20 +60,19 @@ def fit_bucket(pixels: np.ndarray, size: int | None, multiple: int) -> np.ndarra
 
 
 def pictures(
-    source: Callable[[int], Sample], indices: Sequence[int], size: int | None = None
+    source: Callable[[int], Sample], indices: Sequence[int]
 ) -> tuple[Tensor, list[tuple[str, ...]]]:
     """A batch of samples: (B,3,H,W) fp32 in [-1,1] in channels_last memory, and each picture's captions.
 
     Args:
         source: samples by index.
         indices: which.
-        size: side of the square that pictures are scaled and cropped to; None takes them as they are.
 
     Raises:
         ValueError: the pictures are of several shapes.
     """
     samples = [source(index) for index in indices]
-    arrays = [image if size is None else fit(image, size, size) for image, _ in samples]
+    arrays = [image for image, _ in samples]
     if len(shapes := {array.shape for array in arrays}) > 1:
         found = ", ".join(f"{width}x{height}" for height, width, _ in sorted(shapes)[:3])
         raise ValueError(f"pictures of one batch must have one size, got {found}: set a size to crop to")

@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import inspect
 import json
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +22,7 @@ from sana_sprint.train.data.tar import TarRecords
 VALIDATION_START = 1_000_000_000  # sample indices from here on are for validation
 MAX_BAD_FRACTION = 0.02  # of a set's samples; more than this is a fault of the set, not of a few files
 _HELD_OUT_EVERY, _MAX_HELD_OUT = 50, 128
-_FUNCTION_SAMPLED_EVERY = 128
+_FUNCTION_SAMPLED_EVERY, _FUNCTION_SAMPLED_MOST = 128, 16
 _TABLES = ("metadata.jsonl", "metadata.csv")  # in a folder of pictures
 
 
@@ -88,6 +89,7 @@ class RecordSource:
         self.records = records
         self.skipped: dict[str, str] = {}  # name -> reason
         self._report, self._max_bad = report, max_bad
+        self._skipping = threading.Lock()
         # The same ones in a set that has grown at its end: what was shown stays unseen, and cached parts stay valid.
         self.validation = range(_HELD_OUT_EVERY - 1, len(records), _HELD_OUT_EVERY)[:_MAX_HELD_OUT]
         self.training: Sequence[int] = sorted(set(range(len(records))) - set(self.validation))
@@ -135,11 +137,12 @@ class RecordSource:
         return digest.hexdigest()
 
     def _skip(self, error: Unreadable) -> None:
-        if error.name in self.skipped:
-            return
-        self.skipped[error.name] = error.reason
-        self._report(f"skipped {error}")
-        refuse_too_many(self.skipped, len(self.records), self._max_bad)
+        with self._skipping:
+            if error.name in self.skipped:
+                return
+            self.skipped[error.name] = error.reason
+            self._report(f"skipped {error}")
+            refuse_too_many(self.skipped, len(self.records), self._max_bad)
 
     def _first(self) -> str:
         return next(f"{name}: {reason}" for name, reason in self.skipped.items())
@@ -172,10 +175,10 @@ class FunctionSource:
         return f"{self.source}({position})"
 
     def digest(self, positions: Sequence[int]) -> str:
-        """Of the module's text, and of every 128th sample: what the module imports may change too."""
+        """Of the module's text, and of every 128th sample, 16 at most: what the module imports may change too."""
         digest = hashlib.sha256(f"{self.source} {positions[0]} {len(positions)}".encode())
         digest.update(inspect.getsource(self.module).encode())
-        for position in positions[::_FUNCTION_SAMPLED_EVERY]:
+        for position in positions[::_FUNCTION_SAMPLED_EVERY][:_FUNCTION_SAMPLED_MOST]:
             pixels, captions = self.sample(position)
             digest.update(pixels.tobytes() + json.dumps(captions).encode())
         return digest.hexdigest()
