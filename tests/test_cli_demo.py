@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,12 @@ import sana_sprint
 from recipes.emoji import vocabulary
 from sana_sprint.cli import demo
 from sana_sprint.images import read_settings
+from sana_sprint.models.controlnet import SanaControlNetModel
+from sana_sprint.pipelines.controlnet import SanaSprintControlNetPipeline
+from sana_sprint.weights import save_model
 from tests._cli import assert_refused, call, save_tiny_model, succeed
+from tests._models import randomize
+from tests._pipeline import assert_same_pictures, tiny_pipeline
 
 EMBEDDED = Path(sana_sprint.__file__).parent / "embedded" / "emoji"
 
@@ -107,6 +113,39 @@ def test_prompts_are_of_the_emoji_world():
         for thing in things:
             kind = next(kind for kind in vocabulary.KINDS if thing.endswith((kind, vocabulary.plural(kind))))
             assert not (background and vocabulary.clashes(kind, background)), prompt
+
+
+def test_a_model_with_a_controlnet_draws_from_a_sketch(tiny, tmp_path):
+    model = Path(shutil.copytree(tiny, tmp_path / "model"))
+    branch = SanaControlNetModel.from_transformer(tiny_pipeline().transformer, num_layers=1)
+    randomize(branch, seed=4)
+    save_model(branch, model / "controlnet")
+    output = tmp_path / "out"
+    lines = succeed("demo", "--model", model, "-o", output).splitlines()
+    assert lines[-3:] == [
+        f"{output / 'sketch.png'}: a sketch",
+        f"{output / 'sketch-seen.png'}: what the model sees of it",
+        f"{output / 'sketch-drawn.png'}: {demo.SKETCH_PROMPT}",
+    ]
+    with Image.open(output / "sketch-seen.png") as seen:
+        assert set(np.unique(np.asarray(seen))) == {0, 255}
+    control = SanaSprintControlNetPipeline.from_pretrained(model)
+    expected = control(
+        demo.SKETCH_PROMPT, image=demo.heart_sketch(), kind="scribble", num_inference_steps=2, seed=0
+    )
+    assert_same_pictures(Image.open(output / "sketch-drawn.png"), expected.images[0])
+    # The grid is drawn from text alone, as without a branch.
+    succeed("demo", "--model", tiny, "-o", tmp_path / "plain")
+    assert (output / "grid.png").read_bytes() == (tmp_path / "plain" / "grid.png").read_bytes()
+
+
+def test_the_sketch_is_a_closed_line_left_of_the_middle():
+    sketch = demo.heart_sketch()
+    columns = np.flatnonzero((np.asarray(sketch.convert("L")) < 128).any(axis=0))
+    assert 0 < columns[0]
+    assert columns[-1] < 0.75 * sketch.width  # so that a picture shows whether it follows
+    ImageDraw.floodfill(sketch, (0, 0), (255, 0, 0))
+    assert 0.1 < (np.asarray(sketch) == 255).all(axis=2).mean() < 0.5  # paint from outside does not get in
 
 
 @pytest.mark.skipif(not EMBEDDED.is_dir(), reason="the small model is not in this checkout")

@@ -12,6 +12,7 @@ import pytest
 
 from sana_sprint.cli.info import readable_bytes
 from sana_sprint.models.autoencoder import AutoencoderDC
+from sana_sprint.models.controlnet import SanaControlNetModel
 from sana_sprint.weights import load_model, save_model
 from tests._cli import assert_refused, call, save_tiny_model, succeed
 from tests._pipeline import tiny_pipeline
@@ -87,6 +88,19 @@ def test_a_single_component(tiny):
     assert (facts["pipeline"], facts["native_size"], list(facts["components"])) == (None, None, ["vae"])
     assert facts["components"]["vae"] == told(tiny)["components"]["vae"]
     assert told(tiny / "text_encoder")["components"]["text_encoder"]["class_name"] == "Gemma2Model"
+
+
+def test_a_controlnet_is_told_though_it_is_not_listed(copy):
+    before = told(copy)
+    branch = SanaControlNetModel.from_transformer(tiny_pipeline().transformer, num_layers=1)
+    save_model(branch, copy / "controlnet")
+    after = told(copy)
+    part = after["components"]["controlnet"]
+    count = sum(parameter.numel() for parameter in branch.parameters())
+    assert (part["class_name"], part["parameters"]) == ("SanaControlNetModel", count)
+    assert after["parameters"] == before["parameters"] + count
+    assert after["pipeline"] == before["pipeline"]
+    assert any(line.startswith("controlnet  ") for line in succeed("info", copy).splitlines())
 
 
 def test_shards_and_variants_count_once(copy):

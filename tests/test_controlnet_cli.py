@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw
+from safetensors.torch import save_file
 
 from sana_sprint.images import read_settings
 from sana_sprint.models.controlnet import SanaControlNetModel
@@ -101,6 +103,27 @@ def test_a_controlnet_from_elsewhere(models: dict[str, Path]) -> None:
     assert (pixels(own["files"][0]) == pixels(other["files"][0])).all()
     missing = call("control", PROMPT, "-i", "left.png", "-m", models["plain"])
     assert_refused(missing, 1, "lacks controlnet", "--controlnet")
+
+
+def test_a_lora_and_quantised_weights_are_used_and_noted() -> None:
+    generator = torch.Generator().manual_seed(0)
+    width = tiny_pipeline().transformer.config.width
+    lora = {
+        f"transformer.transformer_blocks.0.attn1.to_q.lora_{part}.weight": torch.randn(
+            *shape, generator=generator
+        )
+        for part, shape in (("A", (2, width)), ("B", (width, 2)))
+    }
+    save_file(lora, "style.safetensors")
+    arguments = (PROMPT, "-i", "left.png", "-s", 1)
+    plain = drawn(*arguments)
+    styled = drawn(*arguments, "--lora", "style.safetensors:0.8")
+    assert styled["loras"] == ["style.safetensors:0.8"]
+    small = drawn(*arguments, "--quantize", "transformer=int8-weights")
+    assert small["quantize"] == "transformer=int8-weights"
+    for other in (styled, small):
+        assert (pixels(other["files"][0]) != pixels(plain["files"][0])).any()
+    assert_refused(call("control", *arguments, "--lora", "absent.safetensors"), 1, "absent.safetensors")
 
 
 @pytest.mark.parametrize(

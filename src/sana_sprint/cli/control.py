@@ -97,6 +97,8 @@ def control(
     device: options.Device = "auto",
     vae_tiling: options.VaeTiling = False,
     vae_slicing: options.VaeSlicing = False,
+    lora: options.Lora = None,
+    quantize: options.Quantize = "",
     clean_caption: CleanCaption = False,
     as_json: options.Json = False,
 ) -> None:
@@ -116,9 +118,10 @@ def control(
         **time_arguments(steps, max_timesteps, intermediate_timesteps),
         **({"clean_caption": True} if clean_caption else {}),
     }
-    model_options = ModelOptions(model, dtype, device, vae_tiling, vae_slicing)
-    notes = {"image": str(image), "kind": kind, "controlnet_conditioning_scale": scale}
-    drawn = task.run(lambda: load_control_pipeline(model_options, controlnet), model, arguments, notes)
+    wanted = ModelOptions(model, dtype, device, vae_tiling, vae_slicing, tuple(lora or ()), quantize)
+    followed = {"image": str(image), "kind": kind, "controlnet_conditioning_scale": scale}
+    notes = {**followed, **wanted.notes()}
+    drawn = task.run(lambda: load_control_pipeline(wanted, controlnet), model, arguments, notes)
     if preview is not None:
         _write_preview(drawn, preview, {**notes, "model": model})
 

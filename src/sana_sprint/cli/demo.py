@@ -1,7 +1,8 @@
-"""`sana-sprint demo`: what the small model can draw, as one labelled grid."""
+"""`sana-sprint demo`: what the small model can draw, as one labelled grid, and what it makes of a sketch."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,11 +12,13 @@ import typer
 from sana_sprint.cli import options
 from sana_sprint.cli.common import console
 from sana_sprint.cli.drawing import draw, progress_bar
-from sana_sprint.cli.loading import ModelOptions, load_pipeline
+from sana_sprint.cli.loading import ModelOptions, load_pair
 from sana_sprint.cli.pictures import check_target, slug, write_picture
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw, ImageFont
+
+    from sana_sprint.pipelines.controlnet import SanaSprintControlNetPipeline
 
 # The kinds of scene that the small model knows: one thing, several, two things, colours, places.
 PROMPTS = (
@@ -32,6 +35,7 @@ PROMPTS = (
 )
 STEPS = (1, 2, 4)
 FIRST_SEED = 0  # row i has seed FIRST_SEED + i in all columns
+SKETCH_PROMPT, SKETCH_STEPS = "a red heart on a white background", 2
 
 # The grid, in pixels.
 CELL = 256  # larger pictures are shrunk to this
@@ -51,12 +55,12 @@ def demo(
     """Draw ten prompts in 1, 2 and 4 steps as one labelled grid.
 
     Writes grid.png and the single pictures. Seeds are fixed: the same pictures come out every time, and replace those
-    of the last time.
+    of the last time. A model with a controlnet also draws from a sketch.
     """
-    check_target(output, len(PROMPTS) * len(STEPS) + 1)
+    check_target(output, len(PROMPTS) * len(STEPS) + 4)
     jobs = [(prompt, FIRST_SEED + row) for row, prompt in enumerate(PROMPTS)]
     with console().status(f"loading {model}"):
-        pipeline = load_pipeline(ModelOptions(model, dtype, device))
+        pipeline, control = load_pair(ModelOptions(model, dtype, device))
         list(draw(pipeline, jobs[:1], {"num_inference_steps": 1}))  # what is set up once is not timed
     columns, seconds = [], []
     with progress_bar() as bar:
@@ -76,10 +80,49 @@ def demo(
     typer.echo(f"{grid}\nand {len(PROMPTS) * len(STEPS)} single pictures in {output}")
     for header, mean in zip(headers, seconds, strict=True):
         typer.echo(f"{header:<8} {mean:.3f} s per picture on {pipeline.device}")
+    if control is not None:
+        for line in _follow_sketch(control, output, model):
+            typer.echo(line)
 
 
 def _steps_word(steps: int) -> str:
     return "step" if steps == 1 else "steps"
+
+
+# ----- the sketch -----------------------------------------------------------------------------------------------------
+
+
+def _follow_sketch(pipeline: SanaSprintControlNetPipeline, output: Path, model: str) -> list[str]:
+    """Writes a sketch, what the model sees of it, and what it draws; returns lines that say where."""
+    sketch = heart_sketch()
+    arguments = {"image": sketch, "kind": "scribble", "num_inference_steps": SKETCH_STEPS}
+    (drawn,) = draw(pipeline, [(SKETCH_PROMPT, FIRST_SEED)], arguments)
+    settings = {**drawn.settings(model), "kind": "scribble"}
+    lines = []
+    for name, picture, what in (
+        ("sketch", sketch, "a sketch"),
+        ("sketch-seen", drawn.output.conditions[0], "what the model sees of it"),
+        ("sketch-drawn", drawn.image, SKETCH_PROMPT),
+    ):
+        path = write_picture(picture, output, name, settings, replace=True)
+        lines.append(f"{path}: {what}")
+    return lines
+
+
+def heart_sketch(side: int = 256) -> Image.Image:
+    """A heart's outline, black on white, as an unsteady hand draws it: tilted, and left of the middle."""
+    from PIL import Image, ImageDraw
+
+    points = []
+    for step in range(201):
+        turn = 2 * math.pi * step / 200
+        unsteady = 1 + 0.03 * math.sin(5 * turn + 1) + 0.02 * math.sin(11 * turn)
+        x = unsteady * 16 * math.sin(turn) ** 3
+        y = -unsteady * sum(size * math.cos(k * turn) for k, size in enumerate((13, -5, -2, -1), 1))
+        points.append(((0.4 + 0.017 * (x - 0.15 * y)) * side, (0.5 + 0.017 * (y + 0.15 * x)) * side))
+    sketch = Image.new("RGB", (side, side), "white")
+    ImageDraw.Draw(sketch).line(points, fill="black", width=max(1, side // 50), joint="curve")
+    return sketch
 
 
 # ----- the grid -------------------------------------------------------------------------------------------------------

@@ -87,6 +87,11 @@ def _parts(folder: Path) -> tuple[str | None, dict[str, tuple[Path, str]]]:
         return None, {folder.resolve().name: (folder, str(class_name))}
     index = read_model_index(folder)
     present = {name: (folder / name, what[1]) for name, what in index.components.items() if what is not None}
+    branch = folder / "controlnet" / CONFIG_NAME
+    if branch.is_file():  # need not be listed: the pipeline from text does without it
+        present.setdefault(
+            "controlnet", (branch.parent, str(read_json(branch).get("_class_name", "unknown")))
+        )
     return index.class_name, present
 
 

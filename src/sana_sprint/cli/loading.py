@@ -69,6 +69,31 @@ def load_control_pipeline(options: ModelOptions, controlnet: Path | None) -> San
     return pipeline
 
 
+def load_pair(
+    options: ModelOptions, controlnet: Path | None = None
+) -> tuple[SanaSprintPipeline, SanaSprintControlNetPipeline | None]:
+    """A pipeline from text, and one of the same models that follows pictures if there is a controlnet or one is given.
+
+    Errors are those of `load_pipeline`.
+    """
+    if controlnet is None and not _has_controlnet(options.model):
+        return load_pipeline(options), None
+    control = load_control_pipeline(options, controlnet)
+    text_class = import_module("sana_sprint.pipelines.text_to_image").SanaSprintPipeline
+    text: SanaSprintPipeline = text_class.from_pipe(control)
+    text.set_progress_bar_config(disable=True)
+    return text, control
+
+
+def _has_controlnet(model: str) -> bool:
+    from sana_sprint.weights import CONFIG_NAME, resolve_folder
+
+    try:
+        return (resolve_folder(model) / "controlnet" / CONFIG_NAME).is_file()
+    except ValueError as error:
+        raise CommandError(str(error), hint=MODEL_HINT) from error
+
+
 def _load(module: str, name: str, options: ModelOptions, **parts: Any) -> Any:
     """A ready pipeline of class `name` in `pipelines.module`; `parts` are components to use instead of the model's.
 

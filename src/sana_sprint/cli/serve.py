@@ -9,7 +9,7 @@ import typer
 
 from sana_sprint.cli import options
 from sana_sprint.cli.common import checked
-from sana_sprint.cli.loading import ModelOptions, choose_device, load_control_pipeline, load_pipeline
+from sana_sprint.cli.loading import ModelOptions, choose_device, load_pair
 
 if TYPE_CHECKING:
     from sana_sprint.serve.engine import Pipelines
@@ -110,17 +110,9 @@ def serve(
 
 def load_pipelines(wanted: ModelOptions, controlnet: Path | None = None) -> Pipelines:
     """The pipelines of a model: from text; and following pictures, if it has a ControlNet or one is given."""
-    from sana_sprint.pipelines.text_to_image import SanaSprintPipeline
     from sana_sprint.serve.engine import Pipelines
-    from sana_sprint.weights import CONFIG_NAME, resolve_folder
 
-    own = resolve_folder(wanted.model) / "controlnet" / CONFIG_NAME
-    if controlnet is None and not own.is_file():
-        return Pipelines(load_pipeline(wanted))
-    control = load_control_pipeline(wanted, controlnet)
-    text = SanaSprintPipeline.from_pipe(control)
-    text.set_progress_bar_config(disable=True)
-    return Pipelines(text, control)
+    return Pipelines(*load_pair(wanted, controlnet))
 
 
 def serving_name(model: str) -> str:
