@@ -32,7 +32,7 @@ import time
 import types
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -171,15 +171,16 @@ class Ours:
         embeddings = PromptEmbeddings(text, mask, (False,) * count, (length,) * count, (0,) * count)
         with torch.no_grad():
             captioned = self.stage.teacher.encode_caption(text, mask)
-        return Batch(task.u0, embeddings, draw_guidance(count), captioned)
+            uncaptioned = self.stage.teacher.encode_caption(text[:, :1])
+        return Batch(
+            task.u0, embeddings, draw_guidance(count), captioned, uncaptioned, indices=torch.arange(count)
+        )
 
     def tangent(self, u: Tensor, t: Tensor, guidance: Tensor) -> tuple[Tensor, Tensor]:
         """The guided teacher's F and the scaled tangent of the student."""
         batch, stage = self.batch(), self.stage
         with torch.no_grad():
-            teacher_F = stage.guided_teacher(Batch(batch.u0, batch.embeddings, guidance, batch.captioned))(
-                u, t
-            )
+            teacher_F = stage.guided_teacher(replace(batch, guidance=guidance))(u, t)
             context = stage.transformer.encode_caption(batch.embeddings.embeds, batch.embeddings.mask)
             return teacher_F, stage.tangent(stage.transformer, context, u, t, teacher_F, guidance)
 

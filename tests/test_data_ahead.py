@@ -93,7 +93,9 @@ def test_other_pictures_are_refused(values: dict[str, Any]) -> None:
     picture = Path(values["data"]["source"]) / "0003.png"
     before = picture.read_bytes()
     picture.write_bytes(png(77, (20, 16)))
-    with pytest.raises(ValueError, match=r"other data \(pictures and captions: \w{16}, was \w{16}\): restore"):
+    with pytest.raises(
+        ValueError, match=r"other data \(pictures and captions: \w{16}, was \w{16}\): restore"
+    ):
         train(longer)
     picture.write_bytes(before)
     train(longer)

@@ -110,6 +110,24 @@ def test_no_loss_at_all_is_an_error(teacher: Path, tmp_path: Path) -> None:
         parse({**student_run(tmp_path, teacher), "scm_weight": 0.0})
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_recomputing_changes_no_gradient_and_keeps_less(make_stage, precision: str) -> None:
+    found: dict[bool, tuple[list[torch.Tensor], int]] = {}
+    for recompute in (True, False):
+        stage = make_stage(recompute=recompute, precision=precision)
+        kept: list[int] = []
+        torch.manual_seed(7)
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, kept=kept: (kept.append(x.nbytes), x)[1], lambda x: x
+        ):
+            loss, _ = stage.loss(Part(step=400, indices=range(1600, 1604)))
+        gradients = torch.autograd.grad(loss, list(stage.student.parameters()), allow_unused=True)
+        found[recompute] = ([loss, *(g for g in gradients if g is not None)], sum(kept))
+    assert all(torch.equal(a, b) for a, b in zip(found[True][0], found[False][0], strict=True))
+    # Of the two student passes' activations one is left; caption, time and output layers are not recomputed.
+    assert found[True][1] < 0.8 * found[False][1]
+
+
 @pytest.mark.parametrize(("rate", "expected"), [(0.0, 0.0), (1.0, 1.0)])
 def test_max_time_weighting_starts_from_pure_noise(make_stage, rate: float, expected: float) -> None:
     stage = make_stage(max_time_rate=rate)

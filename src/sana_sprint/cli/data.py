@@ -1,4 +1,4 @@
-"""`sana-sprint data check`: a set of pictures looked through before a training."""
+"""`sana-sprint data`: pictures looked through before a training, and caches cleared after it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -20,14 +20,18 @@ if TYPE_CHECKING:
 SHOWN = 10  # names of a kind in the text; --json has all
 
 
-class Action(StrEnum):
-    """What can be done with data."""
-
-    check = "check"
+data = typer.Typer(rich_markup_mode=None, add_completion=False)
 
 
-def data(
-    action: Annotated[Action, typer.Argument(help="check: read everything and tell what is there.")],
+@data.callback(invoke_without_command=True)
+def _root(ctx: typer.Context) -> None:
+    """Look through training pictures, or clear the caches made from them."""
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
+
+
+@data.command()
+def check(
     source: Annotated[
         str,
         typer.Argument(
@@ -57,6 +61,51 @@ def data(
             f"{len(found.unusable)} of {found.samples} samples cannot be used, the first: {found.unusable[0]}",
             hint="repair or remove them; `--json` lists all",
         )
+
+
+@data.command()
+def prune(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER", help="The folder beside the runs that holds latents/ or embeddings/."
+        ),
+    ],
+    keep: Annotated[
+        list[Path],
+        typer.Option(
+            metavar="STAGE.toml",
+            help="A run whose files stay; may be given several times. A run's config.json is one too.",
+        ),
+    ],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would be deleted.")] = False,
+) -> None:
+    """Delete cached latents and embeddings that none of the kept runs reads.
+
+    Nothing is lost but the time to encode: a run makes what it misses. The kept runs' pictures are read to know their files.
+    """
+    from sana_sprint.train.config import load_config
+
+    runs = checked(
+        lambda: [load_config(path) for path in keep],
+        hint="--keep is a stage file that `sana-sprint train` takes",
+    )
+    sys.path.insert(0, os.getcwd())  # as `sana-sprint train` has it: a function is in a module of the user's
+    from sana_sprint.train.caches import FOLDERS, unused_files
+
+    if not any((folder / name).is_dir() for name in FOLDERS):
+        raise CommandError(f"{folder} holds no caches", hint="give the folder in which the runs' outputs lie")
+    try:
+        unused = unused_files(folder, runs)
+    except ValueError as error:
+        raise CommandError(str(error), hint="nothing was deleted") from error
+    sizes = [path.stat().st_size for path in unused]
+    for path, size in zip(unused, sizes, strict=True):
+        typer.echo(f"{size / 1e6:10.2f} MB  {path}")
+        if not dry_run:
+            path.unlink()
+    done = "would be deleted" if dry_run else "deleted"
+    typer.echo(f"{sum(sizes) / 1e6:10.2f} MB  in {len(unused)} files {done}")
 
 
 def _look(source: str, size: int, multiple: int, limit: int | None) -> Check:

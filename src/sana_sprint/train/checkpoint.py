@@ -12,9 +12,7 @@ import torch
 from sana_sprint.train.config import MAY_CHANGE, AnyRun
 
 
-def save_checkpoint(
-    config: AnyRun, step: int, learner: Mapping[str, Any], data: Mapping[str, str]
-) -> Path:
+def save_checkpoint(config: AnyRun, step: int, learner: Mapping[str, Any], data: Mapping[str, str]) -> Path:
     """Writes `checkpoint-<step>.pt` into the run's folder and deletes all but the newest few; returns its path.
 
     `data` is what the run has been trained on, as `stage.Stage.data` has it. Neither a crash nor a power cut leaves a half-written checkpoint under that name.

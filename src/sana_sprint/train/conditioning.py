@@ -25,6 +25,8 @@ from sana_sprint.train.config import AdaptationRun, ControlTeacherRun, StudentRu
 from sana_sprint.train.embeddings import cached_embeddings
 from sana_sprint.trigflow import Velocity
 
+FrozenTextRun = AdaptationRun | ControlTeacherRun | StudentRun  # whose text encoder does not learn
+
 
 def embed(encoder: PromptEncoder, captions: Sequence[str], *, instruction: bool) -> PromptEmbeddings:
     """Embeddings of captions, with or without the complex human instruction in front."""
@@ -73,7 +75,7 @@ class Embed(Protocol):
 
 
 def frozen_embed(
-    config: AdaptationRun | ControlTeacherRun | StudentRun,
+    config: FrozenTextRun,
     encoder: PromptEncoder,
     captions: Iterable[Sequence[str]],
     *,
@@ -82,24 +84,30 @@ def frozen_embed(
     """`embed` of an encoder that does not learn; if the run says `cache_text`, from caches of all pictures' captions."""
     if not config.cache_text:
         return partial(embed, encoder)
-    rates = {True: config.instruction_rate, False: 1 - config.instruction_rate}
     texts = [text for each in captions for text in each]
     caches = {
         kind: cached_embeddings(
             config.output.parent,
             texts,
             encoder,
-            instruction=COMPLEX_HUMAN_INSTRUCTION if kind else None,
+            instruction=instruction,
             report=report,
         )
-        for kind, rate in rates.items()
-        if rate > 0
+        for kind, instruction in instructions(config).items()
     }
 
     def look_up(captions: Sequence[str], *, instruction: bool) -> PromptEmbeddings:
         return caches[instruction].encode(captions)
 
     return look_up
+
+
+def instructions(config: FrozenTextRun) -> dict[bool, Sequence[str] | None]:
+    """What is put in front of captions, with the instruction (True) and without, as far as the run does either."""
+    with_it: dict[bool, Sequence[str] | None] = (
+        {True: COMPLEX_HUMAN_INSTRUCTION} if config.instruction_rate else {}
+    )
+    return with_it | ({False: None} if config.instruction_rate < 1 else {})
 
 
 def drop_captions(mask: Tensor, dropped: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ values are TOML too.
 
 from __future__ import annotations
 
+import json
 import math
 import tomllib
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ MAY_CHANGE = frozenset(
         "distribution",
         "gradient_checkpointing",
         "tensorboard",
+        "discriminator.recompute",
         "schedule.steps",
         "schedule.accumulation",
         "schedule.log_every",
@@ -209,6 +211,9 @@ class DiscriminatorConfig(_Section):
     misaligned_pairs: bool = True
     # Factor of the gradient penalty on the heads' inputs.
     r1_weight: float = Field(default=0.0, ge=0)
+    # Recompute the student's blocks for the adversarial loss's backward pass instead of keeping their activations while
+    # the consistency loss makes its own.
+    recompute: bool = True
     optimizer: OptimizerConfig
 
 
@@ -266,7 +271,7 @@ RunConfig = Annotated[AnyRun, Field(discriminator="stage")]
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> AnyRun:
-    """Reads and checks a stage's TOML file.
+    """Reads and checks a stage's TOML file, or the `config.json` that a run has saved.
 
     Args:
         path: the file.
@@ -278,11 +283,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> AnyRun:
     """
     path = Path(path)
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        read = json.loads if path.suffix == ".json" else tomllib.loads
+        values = read(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"cannot read the stage file {path}: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path} is not valid TOML: {error}") from error
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from error
     for override in overrides:
         _apply(values, override)
     try:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sana_sprint.models.text_encoder import PromptEmbeddings, PromptEncoder
 from sana_sprint.prompts import DEFAULT_MAX_SEQUENCE_LENGTH
-from sana_sprint.train.parts import digest, make_parts, read_part, write_part
+from sana_sprint.train.parts import PART_SIZE, cut, digest, make_parts, read_part, write_part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,20 +76,14 @@ def cached_embeddings(
         report: receives a line about the result.
     """
     texts = list(dict.fromkeys(captions))
-    settings = digest(
-        _FORMAT,
-        encoder.text_encoder.config.to_json_string(),
-        encoder.text_encoder,
-        _tokenizer_rules(encoder.tokenizer),
-        json.dumps(instruction),
-        max_sequence_length,
+    files = embedding_files(
+        folder, texts, encoder, instruction=instruction, max_sequence_length=max_sequence_length
     )
 
     def make(part: range) -> Path:
-        chosen = texts[part.start : part.stop]
-        path = folder / "embeddings" / f"{digest(settings, json.dumps(chosen))[:32]}.safetensors"
+        path = files[part.start // PART_SIZE]
         if not path.is_file():
-            tensors = _encode(encoder, chosen, instruction, max_sequence_length)
+            tensors = _encode(encoder, texts[part.start : part.stop], instruction, max_sequence_length)
             write_part(path, tensors, {})
         return path
 
@@ -100,6 +94,28 @@ def cached_embeddings(
         rows += zip(torch.split(tensors["embeds"], lengths), tensors["lost_tokens"].tolist(), strict=True)
     report(f"embeddings: {len(texts)} captions in {folder / 'embeddings'}")
     return EmbeddingCache(dict(zip(texts, rows, strict=True)), encoder.text_encoder.device)
+
+
+def embedding_files(
+    folder: Path,
+    captions: Iterable[str],
+    encoder: PromptEncoder,
+    *,
+    instruction: Sequence[str] | None = None,
+    max_sequence_length: int = DEFAULT_MAX_SEQUENCE_LENGTH,
+) -> list[Path]:
+    """The files that `cached_embeddings` with these arguments reads, whether they are there or not."""
+    texts = list(dict.fromkeys(captions))
+    settings = digest(
+        _FORMAT,
+        encoder.text_encoder.config.to_json_string(),
+        encoder.text_encoder,
+        _tokenizer_rules(encoder.tokenizer),
+        json.dumps(instruction),
+        max_sequence_length,
+    )
+    chosen = [json.dumps(texts[part.start : part.stop]) for part in cut(len(texts))]
+    return [folder / "embeddings" / f"{digest(settings, each)[:32]}.safetensors" for each in chosen]
 
 
 def _encode(

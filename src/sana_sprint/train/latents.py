@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -172,7 +172,7 @@ def cached_latents(
         refuse_too_many(problems, len(positions), max_bad)
     cache = LatentCache(
         [tensors[name] for tensors, facts in parts.values() for name in facts["captions"]],
-        [texts for _, facts in parts.values() for block in facts["captions"].values() for texts in block],
+        _captions(parts.values()),
         {
             "samples": str(len(positions)),
             "pictures and captions": digest(*(samples for _, samples in made.values()))[:16],
@@ -196,6 +196,15 @@ def latent_files(
     return [
         encoder.path(folder, source.digest(positions[part.start : part.stop])) for part in cut(len(positions))
     ]
+
+
+def captions_of(files: Iterable[Path]) -> list[Sequence[str]]:
+    """Each sample's captions in these files of the cache, in order."""
+    return _captions(map(read_part, files))
+
+
+def _captions(parts: Iterable[Part]) -> list[Sequence[str]]:
+    return [texts for _, facts in parts for block in facts["captions"].values() for texts in block]
 
 
 def _problems(parts: dict[range, Part], name: Callable[[int], str]) -> tuple[dict[str, str], dict[str, str]]:

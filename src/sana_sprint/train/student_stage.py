@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -175,7 +176,8 @@ class StudentStage:
         loss, metrics = torch.zeros((), device=self.device), Metrics()
         # First, because of what it computes only the student's pass is kept.
         if self.adversary:
-            adversarial = self.adversary.student_loss(student, batch.u0, batch.captioned)
+            with self._recomputing(self.adversary.config.recompute):
+                adversarial = self.adversary.student_loss(student, batch.u0, batch.captioned)
             loss = loss + self.adversary.config.weight * adversarial
             metrics["adversarial_loss"] = adversarial.item()
         if self.config.scm_weight:
@@ -184,6 +186,16 @@ class StudentStage:
             loss = loss + self.config.scm_weight * scm
             metrics |= found
         return loss, metrics
+
+    @contextmanager
+    def _recomputing(self, wanted: bool) -> Iterator[None]:
+        """The student's passes inside keep no activations of its blocks, if that is wanted."""
+        before = self.transformer.gradient_checkpointing
+        self.transformer.gradient_checkpointing = before or wanted
+        try:
+            yield
+        finally:
+            self.transformer.gradient_checkpointing = before
 
     def _scm_loss(
         self, student: Denoiser, context: CaptionContext, batch: Batch, warmup: float

@@ -59,9 +59,7 @@ def fit_bucket(pixels: np.ndarray, size: int | None, multiple: int) -> np.ndarra
     return fit(pixels, *nearest_bucket(height, width, size, multiple))
 
 
-def pictures(
-    source: Callable[[int], Sample], indices: Sequence[int]
-) -> tuple[Tensor, list[tuple[str, ...]]]:
+def pictures(source: Callable[[int], Sample], indices: Sequence[int]) -> tuple[Tensor, list[tuple[str, ...]]]:
     """A batch of samples: (B,3,H,W) fp32 in [-1,1] in channels_last memory, and each picture's captions.
 
     Args:

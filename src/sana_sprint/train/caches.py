@@ -1,0 +1,98 @@
+"""Which files of the caches runs read, so that the others can be deleted."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from sana_sprint.models.autoencoder import AutoencoderDC
+from sana_sprint.models.text_encoder import PromptEncoder, load_text_encoder, load_tokenizer
+from sana_sprint.train.conditioning import FrozenTextRun, instructions
+from sana_sprint.train.config import (
+    AnyRun,
+    AutoencoderRun,
+    ControlStudentRun,
+    ControlTeacherRun,
+    TeacherRun,
+)
+from sana_sprint.train.control import ConditionSource
+from sana_sprint.train.data import open_source
+from sana_sprint.train.embeddings import embedding_files
+from sana_sprint.train.latents import captions_of, latent_files
+from sana_sprint.weights import load_model, resolve_folder
+
+FOLDERS = ("latents", "embeddings")
+_PART = re.compile(r"[0-9a-f]{32}\.safetensors")
+_UNFINISHED = re.compile(r"[0-9a-f]{32}\.partial-\d+")
+_ABANDONED = 24 * 3600  # seconds since the last write, after which nobody is finishing a file
+
+
+def unused_files(folder: Path, runs: Iterable[AnyRun]) -> list[Path]:
+    """Files of the caches in this folder that none of the runs reads, and parts that were never finished.
+
+    Only files that are named as the caches name theirs are looked at; a part that is younger than a day may be being
+    written.
+
+    Raises:
+        ValueError: a run keeps its caches in another folder, its source or models cannot be read, or its captions
+            cannot be known, because its latents are not all there.
+    """
+    used = {path.resolve() for run in runs for path in files_of_run(run, folder)}
+    found = [path for name in FOLDERS for path in sorted((folder / name).glob("*")) if path.is_file()]
+    oldest = time.time() - _ABANDONED
+    return [
+        path
+        for path in found
+        if (_PART.fullmatch(path.name) and path.resolve() not in used)
+        or (_UNFINISHED.fullmatch(path.name) and path.stat().st_mtime < oldest)
+    ]
+
+
+def files_of_run(config: AnyRun, folder: Path) -> list[Path]:
+    """The files in this folder that the run reads; errors as of `unused_files`."""
+    if config.output.parent.resolve() != folder.resolve():
+        raise ValueError(f"the run {config.output} has its caches in {config.output.parent}, not in {folder}")
+    if isinstance(config, AutoencoderRun):
+        return []
+    is_teacher = isinstance(config, TeacherRun)
+    models = config.autoencoder if is_teacher else resolve_folder(str(config.teacher))
+    autoencoder = load_model(AutoencoderDC, models if is_teacher else models / "vae", dtype=torch.float32)
+    data = config.data
+    source = open_source(data.source, max_bad=data.max_bad_fraction)
+    latents = latent_files(folder, source, data.num_samples, autoencoder, data.size)
+    if is_teacher:
+        return latents
+    texts = _text_files(config, folder, latents, models) if config.cache_text else []
+    name = _condition(config)
+    if name is None:
+        return latents + texts
+    multiple = autoencoder.spatial_compression_ratio
+    conditions = ConditionSource(source, name, size=data.size, multiple=multiple)
+    return latents + texts + latent_files(folder, conditions, data.num_samples, autoencoder)
+
+
+def _text_files(config: FrozenTextRun, folder: Path, latents: list[Path], models: Path) -> list[Path]:
+    if not all(path.is_file() for path in latents):
+        raise ValueError(
+            f"the latents of the run {config.output} are not all there, so its captions are not known: "
+            "start it once, or leave its text to be made again by cache_text = false"
+        )
+    captions = [text for texts in captions_of(latents) for text in texts]
+    encoder = PromptEncoder(
+        load_tokenizer(models / "tokenizer"), load_text_encoder(models / "text_encoder").requires_grad_(False)
+    )
+    return [
+        path
+        for instruction in instructions(config).values()
+        for path in embedding_files(folder, captions, encoder, instruction=instruction)
+    ]
+
+
+def _condition(config: FrozenTextRun) -> str | None:
+    if isinstance(config, ControlTeacherRun):
+        return config.control.condition
+    return config.condition if isinstance(config, ControlStudentRun) else None
