@@ -13,6 +13,10 @@ ROOT = Path(__file__).resolve().parents[1]
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = str(ROOT / ".pytest_cache" / "huggingface")
 
+# Triton's kernels run on the CPU, in numpy. It reads this when it is first imported; on a GPU, `-m gpu` runs the real ones.
+if not Path("/dev/nvidiactl").exists():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import numpy as np  # noqa: E402  (after the environment is set)
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -30,6 +30,7 @@ LEVELS = {
     "models": 1,
     "sampling": 1,
     "conditions": 1,
+    "kernels": 2,
     "lora": 2,
     "weights": 2,
     "quantize": 2,

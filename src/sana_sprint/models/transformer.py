@@ -33,10 +33,13 @@ class SanaTransformer2DModel(SanaBlocks):
     """Predicts the flow velocity of a noisy latent, given flow time, caption and, if it was so trained, guidance.
 
     `gradient_checkpointing` True recomputes each block in the backward pass instead of keeping its activations.
+    `graphs`, if set, is asked first: with the model and the arguments of `forward` it gives the same result with one
+    launch, or None where it does not apply; see `sana_sprint.kernels.graphs`.
     """
 
     config_class = TransformerConfig
     published_class_name = "SanaTransformer2DModel"
+    graphs: Callable[..., Tensor | None] | None = None
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)
@@ -62,6 +65,21 @@ class SanaTransformer2DModel(SanaBlocks):
         Raises ValueError for shapes that do not fit and for guidance missing or superfluous.
         """
         self.check_inputs(hidden_states, timestep, context, guidance)
+        if self.graphs is not None and control is None:
+            out = self.graphs(self, hidden_states, timestep, context, guidance)
+            if out is not None:
+                return out
+        return self.evaluate(hidden_states, timestep, context, guidance, control)
+
+    def evaluate(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        context: CaptionContext,
+        guidance: Tensor | None = None,
+        control: Control | None = None,
+    ) -> Tensor:
+        """`forward` of checked arguments, operation by operation."""
         grid = self.grid(hidden_states)
         x = self.patch_embed(hidden_states)  # (B,N,D)
         modulation, embedding = self.embed_time(timestep, guidance)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from sana_sprint.models.text_encoder import PromptEncoder
 from sana_sprint.numerics import check_dtype, parse_dtype
+from sana_sprint.pipelines.acceleration import AccelerationMethods
 from sana_sprint.pipelines.adapting import LoraMethods
 from sana_sprint.pipelines.core import check_count
 from sana_sprint.pipelines.loading import DeviceMap, DtypeRequest, load_components, save_components
@@ -24,7 +25,7 @@ from sana_sprint.weights import resolve_folder
 DEFAULT_COMPRESSION = 32  # pixels per latent cell when there is no autoencoder to ask, as published
 
 
-class BasePipeline(LoraMethods):
+class BasePipeline(LoraMethods, AccelerationMethods):
     """Holds components and changes nothing about them in a call, so threads may share a pipeline and its components.
 
     A component may be None: then what needs it raises a ValueError that names it.

@@ -1,0 +1,153 @@
+"""A transformer block by fused kernels: the same weights, the same roundings or fewer, a third of the launches.
+
+Matrix products and softmax attention stay torch's; between them every tensor is read and written once. A block whose
+tensors the kernels are not for (see `applies`) runs as always.
+Axes: B batch, N image tokens, L text tokens, D width, K heads, E head dim.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sana_sprint.models.blocks import SanaBlocks, SanaTransformerBlock
+from sana_sprint.models.layers import (
+    FP16_MAX,
+    LINEAR_ATTENTION_EPS,
+    CrossAttention,
+    GatedConvFeedForward,
+    LinearSelfAttention,
+    RMSNorm,
+    merge_heads,
+    pointwise,
+    product_dtype,
+    split_heads,
+)
+
+OLDEST_CAPABILITY = (8, 0)  # Ampere: bf16 and tf32 products
+LARGEST_HEAD_DIM = 128  # of linear attention: its sums over tokens stay in registers
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def use_fused_kernels(model: SanaBlocks, enabled: bool) -> None:
+    """Have the blocks of a transformer or of its control branch use fused kernels where these apply, or never.
+
+    Raises:
+        ValueError: if enabled and Triton is not installed.
+    """
+    if enabled and find_spec("triton") is None:
+        raise ValueError(
+            "fused kernels need Triton, which comes with torch's CUDA builds: pip install triton"
+        )
+    for block in model.blocks:
+        block.fused = fused_block if enabled else None
+
+
+def applies(block: SanaTransformerBlock, x: Tensor) -> bool:
+    """Whether kernels can stand for the block: inference on an Ampere GPU or later, outside autocast and torch.compile.
+
+    Compiled code is traced through the plain path, for which inductor makes kernels of its own.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and x.dtype in _DTYPES
+        and x.dtype == block.scale_shift_table.dtype == product_dtype(block.scale_shift_table)
+        and block.norm2.weight is None
+        and block.attn2.fused
+        and x.shape[-1] <= LARGEST_HEAD_DIM * block.attn1.num_heads
+        and runs_on(x.device)
+    )
+
+
+@cache
+def runs_on(device: torch.device) -> bool:
+    """Whether this device runs the kernels."""
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= OLDEST_CAPABILITY
+    )
+
+
+def fused_block(
+    block: SanaTransformerBlock,
+    x: Tensor,
+    modulation: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    grid: tuple[int, int],
+) -> Tensor | None:
+    """What `block.forward` makes of these arguments, or None where kernels do not apply."""
+    if not applies(block, x):
+        return None
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        return _run(block, x, modulation, key, value, bias, grid)
+
+
+def _run(
+    block: SanaTransformerBlock,
+    x: Tensor,
+    modulation: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    grid: tuple[int, int],
+) -> Tensor:
+    from sana_sprint.kernels.norms import modulated_norm
+
+    parts = block.scale_shift_table + modulation  # (B,6,D)
+    shift1, scale1, gate1, shift2, scale2, gate2 = parts.unbind(1)
+    x, normed = modulated_norm(x.contiguous(), shift1, scale1, block.norm1.eps)
+    x = torch.addcmul(x, gate1[:, None], _self_attention(block.attn1, normed))
+    crossed = _cross_attention(block.attn2, x, key, value, bias)
+    x, normed = modulated_norm(x, shift2, scale2, block.norm2.eps, delta=crossed)
+    return torch.addcmul(x, gate2[:, None], _feed_forward(block.ff, normed, grid))
+
+
+def _self_attention(layer: LinearSelfAttention, x: Tensor) -> Tensor:
+    from sana_sprint.kernels.attention import linear_attention
+
+    q, k = layer.norm_q, layer.norm_k
+    norms = (q.weight, k.weight, q.eps) if isinstance(q, RMSNorm) and isinstance(k, RMSNorm) else None
+    out = linear_attention(
+        layer.to_q(x),
+        layer.to_k(x),
+        layer.to_v(x),
+        layer.num_heads,
+        eps=LINEAR_ATTENTION_EPS,
+        norms=norms,
+    )
+    out = layer.project_out(out)
+    return out.clamp(-FP16_MAX, FP16_MAX) if out.dtype == torch.float16 else out
+
+
+def _cross_attention(
+    layer: CrossAttention, x: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
+) -> Tensor:
+    q = split_heads(_normed(layer.norm_q, layer.to_q(x)), layer.num_heads)
+    mask = None if bias is None else bias.to(key.dtype)
+    return layer.project_out(merge_heads(F.scaled_dot_product_attention(q, key, value, attn_mask=mask)))
+
+
+def _normed(norm: nn.Module, x: Tensor) -> Tensor:
+    from sana_sprint.kernels.norms import rms_norm
+
+    if isinstance(norm, RMSNorm):
+        return rms_norm(x, norm.weight, norm.eps)
+    out: Tensor = norm(x)
+    return out
+
+
+def _feed_forward(layer: GatedConvFeedForward, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    from sana_sprint.kernels.convolution import gated_depthwise
+
+    hidden = pointwise(layer.conv_inverted, x)
+    bias = layer.conv_depth.bias
+    assert bias is not None
+    return pointwise(layer.conv_point, gated_depthwise(hidden, layer.conv_depth.weight, bias, grid))

@@ -1,0 +1,222 @@
+"""Transformer steps as CUDA graphs: recorded once for a shape, then launched as a whole.
+
+A step of the 1.6B model is a thousand launches, which at batch 1 take longer than what they launch. A graph reads its
+inputs from fixed places, into which each call copies its own. Captions have any number of tokens: they are padded to a
+multiple of `TOKENS`, and padding gets weight exactly 0, so few graphs serve all.
+
+A graph remembers addresses. It is found again only for the same weights, so LoRAs, a cast or a move make new ones.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sana_sprint.models.blocks import CaptionContext
+from sana_sprint.models.transformer import SanaTransformer2DModel
+
+TOKENS = 32  # captions are padded to a multiple of this
+DEFAULT_LIMIT = 16  # graphs; they share the memory of what they compute, and hold their inputs
+
+
+class Recording(Protocol):
+    """What a function launched, ready to be launched again into the same output."""
+
+    output: Tensor
+
+    def replay(self) -> None: ...
+
+
+Recorder = Callable[[Callable[[], Tensor]], Recording]
+
+
+class StepGraphs:
+    """The recorded steps of a model and of its copies with other LoRA strengths. Threads may share it."""
+
+    def __init__(
+        self, limit: int = DEFAULT_LIMIT, *, record: Recorder | None = None, device_type: str = "cuda"
+    ) -> None:
+        """For `limit` graphs, of which the one unused for longest makes room.
+
+        Raises:
+            ValueError: for a limit below 1.
+        """
+        if limit < 1:
+            raise ValueError(f"limit must be a whole number from 1 up, got: {limit}")
+        self.limit = limit
+        self._record = CudaRecorder() if record is None else record
+        self._device_type = device_type
+        self._steps: OrderedDict[Hashable, _Step] = OrderedDict()
+        self._lock = threading.Lock()
+        self._last: torch.cuda.Event | None = None
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.limit,)  # a copied model records graphs of its own
+
+    def __call__(
+        self,
+        model: SanaTransformer2DModel,
+        latent: Tensor,
+        timestep: Tensor,
+        context: CaptionContext,
+        guidance: Tensor | None,
+    ) -> Tensor | None:
+        """What `model.evaluate` returns, or None where graphs do not apply: training, compiling, another device."""
+        if (
+            latent.device.type != self._device_type
+            or torch.is_grad_enabled()
+            or model.training
+            or torch.compiler.is_compiling()
+        ):
+            return None
+        tokens = -(-context.keys[0].shape[2] // TOKENS) * TOKENS
+        has_bias = context.bias is not None or context.keys[0].shape[2] != tokens
+        key = (
+            *(None if x is None else (x.shape, x.dtype) for x in (latent, timestep, guidance)),
+            (latent.device, context.keys[0].dtype, tokens, has_bias),
+            tuple(block.fused for block in model.blocks),
+            _addresses(model),
+        )
+        with self._lock, self._in_turn(latent.device):
+            step = self._steps.get(key)
+            if step is None:
+                self._make_room()
+                step = _Step.like(latent, timestep, context, guidance, tokens, has_bias)
+                step.fill(latent, timestep, context, guidance)
+                step.recording = self._record(lambda: step.run(model))
+                self._steps[key] = step
+            else:
+                step.fill(latent, timestep, context, guidance)
+            self._steps.move_to_end(key)
+            assert step.recording is not None
+            step.recording.replay()
+            return step.recording.output.clone()
+
+    def _make_room(self) -> None:
+        while len(self._steps) >= self.limit:
+            if self._device_type == "cuda":
+                torch.cuda.synchronize()  # the graph that goes may still be running
+            self._steps.popitem(last=False)
+
+    @contextmanager
+    def _in_turn(self, device: torch.device) -> Iterator[None]:
+        """Callers' streams take turns: graphs share memory."""
+        if device.type != "cuda":
+            yield
+            return
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream()
+            if self._last is not None:
+                stream.wait_event(self._last)
+            yield
+            self._last = stream.record_event()
+
+
+class CudaRecorder:
+    """Records CUDA graphs in one memory pool: no two of them run at a time."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+
+    def __call__(self, function: Callable[[], Tensor]) -> Recording:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        present, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(present)
+        with torch.cuda.stream(side):
+            function()  # compiles kernels and makes libraries' workspaces, which a capture must not
+        present.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may go on with calls that a global capture would forbid.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            output = function()
+        return _CudaRecording(graph, output)
+
+
+@dataclass
+class _CudaRecording:
+    graph: torch.cuda.CUDAGraph
+    output: Tensor
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
+@dataclass
+class _Step:
+    """The fixed places of a step's inputs, and its recording."""
+
+    latent: Tensor
+    timestep: Tensor
+    guidance: Tensor | None
+    context: CaptionContext
+    recording: Recording | None = None
+    filled_with: weakref.ref[CaptionContext] | None = None
+
+    @classmethod
+    def like(
+        cls,
+        latent: Tensor,
+        timestep: Tensor,
+        context: CaptionContext,
+        guidance: Tensor | None,
+        tokens: int,
+        has_bias: bool,
+    ) -> _Step:
+        """Places for inputs of these shapes, and for captions of `tokens`."""
+
+        def places(rows: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            # Zeros: a weight of 0 would not silence a NaN.
+            return tuple(row.new_zeros(*row.shape[:2], tokens, row.shape[3]) for row in rows)
+
+        bias = latent.new_zeros(len(latent), 1, 1, tokens, dtype=torch.float32) if has_bias else None
+        return cls(
+            latent=torch.empty_like(latent, memory_format=torch.contiguous_format),
+            timestep=torch.empty_like(timestep),
+            guidance=None if guidance is None else torch.empty_like(guidance),
+            context=CaptionContext(places(context.keys), places(context.values), bias),
+        )
+
+    def fill(
+        self, latent: Tensor, timestep: Tensor, context: CaptionContext, guidance: Tensor | None
+    ) -> None:
+        """Put a call's inputs in place; the captions only if they are not there already, as in a call's later steps."""
+        self.latent.copy_(latent)
+        self.timestep.copy_(timestep)
+        if self.guidance is not None and guidance is not None:
+            self.guidance.copy_(guidance)
+        if self.filled_with is not None and self.filled_with() is context:
+            return
+        length = context.keys[0].shape[2]
+        own = [place[:, :, :length] for place in (*self.context.keys, *self.context.values)]
+        torch._foreach_copy_(own, [*context.keys, *context.values])
+        if self.context.bias is not None:
+            self.context.bias.fill_(float("-inf"))
+            self.context.bias[..., :length] = 0.0 if context.bias is None else context.bias
+        self.filled_with = weakref.ref(context)
+
+    def run(self, model: SanaTransformer2DModel) -> Tensor:
+        return model.evaluate(self.latent, self.timestep, self.context, self.guidance)
+
+
+def _addresses(model: nn.Module) -> int:
+    """Changes if any weight of the model is replaced, rather than written to."""
+    addresses = []
+    todo = [model]
+    while todo:  # `model.parameters()` makes names and takes five times as long, in every step
+        module = todo.pop()
+        todo += [child for child in module._modules.values() if child is not None]
+        tensors = (*module._parameters.values(), *module._buffers.values())
+        addresses += [tensor.data_ptr() for tensor in tensors if tensor is not None]
+    return hash(tuple(addresses))

@@ -1,0 +1,193 @@
+"""Fused kernels against the plain layers in fp64, run by Triton's interpreter, and when a block uses them.
+
+Rounding a result once to a dtype of unit roundoff u (fp32 2^-24, fp16 2^-11, bf16 2^-8) errs by at most u of each value,
+about u/2 in norm; Triton's interpreter cuts bf16 off instead, which doubles that. The bounds are small multiples of u.
+"""
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from sana_sprint.kernels import fused
+from sana_sprint.models.layers import GatedConvFeedForward, LinearSelfAttention, RMSNorm, modulate
+from sana_sprint.models.transformer import SanaTransformer2DModel, TransformerConfig
+from tests._models import TRANSFORMERS, randomize
+
+pytest.importorskip("triton", reason="fused kernels need Triton")
+
+from sana_sprint.kernels.attention import linear_attention
+from sana_sprint.kernels.convolution import gated_depthwise
+from sana_sprint.kernels.norms import modulated_norm, rms_norm
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+B, D = 2, 24
+
+
+def roundoff(dtype):
+    return torch.finfo(dtype).eps / 2
+
+
+def error(out, reference):
+    return float((out.double() - reference.double()).norm() / reference.double().norm())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_delta", [False, True])
+def test_norm_and_modulation_with_a_sum_before(dtype, has_delta):
+    x, delta = (torch.randn(B, 3, D).to(dtype) + 2 for _ in range(2))
+    shift, scale = torch.randn(B, 6, D).to(dtype).unbind(1)[1:3]
+    total, out = modulated_norm(x, shift, scale, 1e-6, delta if has_delta else None)
+    # The interpreter cuts bf16 off where a GPU rounds: one unit in the last place.
+    torch.testing.assert_close(total, x + delta if has_delta else x, rtol=2 * roundoff(dtype), atol=0)
+    normed = F.layer_norm(total.double(), (D,), eps=1e-6)
+    reference = modulate(normed, shift.double()[:, None], scale.double()[:, None])
+    assert error(out, reference) < 3 * roundoff(dtype)  # fp32 sums, then one rounding
+    assert out.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm(dtype):
+    norm = RMSNorm(D, 1e-5)
+    randomize(norm)
+    x = 3 * torch.randn(B, 3, D).to(dtype)
+    norm = norm.to(dtype).requires_grad_(False)
+    out = rms_norm(x, norm.weight, norm.eps)
+    # The plain layer rounds once too, so most values are the same and the others one unit apart.
+    torch.testing.assert_close(out, norm(x), rtol=4 * roundoff(dtype), atol=0)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_attention(dtype, qk_norm, monkeypatch):
+    monkeypatch.setattr("sana_sprint.kernels.attention.TOKENS_PER_SPLIT", 16)
+    num_heads, tokens = 2, 21  # two splits, the second of them half empty; 12 channels a head, padded to 16
+    layer = LinearSelfAttention(D, D, num_heads, bias=False, qk_norm=qk_norm, dropout=0.0)
+    randomize(layer)
+    layer = layer.to(dtype).requires_grad_(False)
+    q, k, v = (torch.randn(1, tokens, D).to(dtype) for _ in range(3))
+    norms = (layer.norm_q.weight, layer.norm_k.weight, layer.norm_q.eps) if qk_norm else None
+    out = linear_attention(q, k, v, num_heads, eps=1e-15, norms=norms, block_n=16)
+    q, k = (x.double().relu().view(tokens, num_heads, -1) for x in (layer.norm_q(q), layer.norm_k(k)))
+    weights = torch.einsum("nhe,mhe->hnm", q, k)
+    weights = weights / weights.sum(-1, keepdim=True)
+    reference = torch.einsum("hnm,mhe->nhe", weights, v.double().view(tokens, num_heads, -1)).reshape(
+        1, tokens, D
+    )
+    # With norms, a value on the border of two roundings may fall on the other side than the plain layer's.
+    assert error(out, reference) < (8 if qk_norm else 3) * roundoff(dtype)
+    assert out.dtype == dtype
+
+
+def test_linear_attention_shows_a_nan():
+    q, k, v = (torch.randn(1, 4, D) for _ in range(3))
+    k[0, 1, 3] = float("nan")
+    out = linear_attention(q, k, v, 3, eps=1e-15, block_n=16)
+    assert bool(out[0, :, :8].isnan().any(-1).all())  # the head that it is in, every token
+    assert bool(out[0, :, 8:].isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_depthwise_convolution_and_gate(dtype):
+    height, width, hidden = 3, 5, 6  # odd sides: half-empty columns, rows and channels
+    layer = GatedConvFeedForward(D, hidden / D)
+    randomize(layer)
+    layer = layer.to(dtype).requires_grad_(False)
+    x = torch.randn(1, height * width, 2 * hidden).to(dtype)
+    weight, bias = layer.conv_depth.weight, layer.conv_depth.bias
+    out = gated_depthwise(x, weight, bias, (height, width), block_w=4, block_c=8, rows=2)
+    image = F.silu(x.double()).view(1, height, width, -1).permute(0, 3, 1, 2)
+    image = F.conv2d(image, weight.double(), bias.double(), padding=1, groups=2 * hidden)
+    value, gate = image.permute(0, 2, 3, 1).flatten(1, 2).chunk(2, dim=-1)
+    assert error(out, value * F.silu(gate)) < 3 * roundoff(dtype)  # fp32 inside, one rounding
+    assert out.dtype == dtype
+
+
+# ----- a block --------------------------------------------------------------------------------------------------------
+
+
+def tiny_model(name="sprint", **fields):
+    model = SanaTransformer2DModel(TransformerConfig(**{**TRANSFORMERS[name], "num_layers": 1, **fields}))
+    randomize(model)
+    return model.eval()
+
+
+def inputs(model, side=2):
+    latent = torch.randn(1, model.config.in_channels, side, side)
+    with torch.no_grad():
+        context = model.encode_caption(torch.randn(1, 3, model.config.caption_channels))
+    guidance = torch.tensor([4.5]) if model.config.guidance_embeds else None
+    return latent, torch.tensor([0.8]), context, guidance
+
+
+@pytest.fixture
+def on_any_device(monkeypatch):
+    monkeypatch.setattr(fused, "runs_on", lambda device: True)
+
+
+@pytest.mark.parametrize("name", ["sprint", "plain"])
+@pytest.mark.usefixtures("on_any_device")
+def test_a_fused_model_is_the_plain_one(name, monkeypatch):
+    model = tiny_model(name)
+    arguments = inputs(model)
+    calls = []
+    run = fused._run
+    monkeypatch.setattr(fused, "_run", lambda *args: calls.append(args) or run(*args))
+    with torch.no_grad():
+        plain = model(*arguments)
+        fused.use_fused_kernels(model, True)
+        assert error(model(*arguments), plain) < 64 * roundoff(
+            torch.float32
+        )  # two dozen fp32 operations in other orders
+        assert len(calls) == 1
+        fused.use_fused_kernels(model, False)
+        assert torch.equal(model(*arguments), plain)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("case", ["grad", "autocast", "affine", "plain attention", "fp64", "cpu"])
+def test_where_kernels_do_not_apply_the_plain_path_runs(case, monkeypatch):
+    if case != "cpu":
+        monkeypatch.setattr(fused, "runs_on", lambda device: True)
+    model = tiny_model("biases_and_affine" if case == "affine" else "sprint")
+    if case == "fp64":
+        model = model.double()
+    model.set_fused_attention(case != "plain attention")
+    arguments = inputs(model)
+    plain = copy.deepcopy(model)
+    fused.use_fused_kernels(model, True)
+    with torch.set_grad_enabled(case == "grad"), torch.autocast("cpu", enabled=case == "autocast"):
+        assert torch.equal(model(*arguments), plain(*arguments))
+
+
+def test_without_triton_the_switch_says_so(monkeypatch):
+    monkeypatch.setattr(fused, "find_spec", lambda name: None)
+    model = tiny_model()
+    with pytest.raises(ValueError, match="pip install triton"):
+        fused.use_fused_kernels(model, True)
+    fused.use_fused_kernels(model, False)
+
+
+# ----- on the device --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_published_shapes_on_the_gpu(dtype):
+    config = TransformerConfig(num_layers=1, guidance_embeds=True, qk_norm="rms_norm_across_heads")
+    model = SanaTransformer2DModel(config)
+    randomize(model)
+    model = model.to("cuda").eval()
+    latent, text = torch.randn(2, 32, 32, 24).cuda(), torch.randn(2, 20, 2304).cuda()
+    times, guidance = torch.tensor([0.8, 0.3]).cuda(), torch.tensor([4.5, 1.0]).cuda()
+    exact = copy.deepcopy(model).double()
+    context = exact.encode_caption(text.double())
+    reference = exact(latent.double(), times.double(), context, guidance.double())
+    model = model.to(dtype)
+    context = model.encode_caption(text.to(dtype))
+    plain = error(model(latent, times, context, guidance), reference)
+    fused.use_fused_kernels(model, True)
+    # Fewer roundings than on the plain path; the margin is for values that fall on the other side of one.
+    assert error(model(latent, times, context, guidance), reference) < 1.2 * plain
