@@ -24,7 +24,7 @@ def pipeline() -> SanaSprintPipeline:
 
 
 def test_it_is_small_enough_to_clone() -> None:
-    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) <= 40_000_000
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) <= 48_000_000
 
 
 def test_its_native_size_is_the_default(pipeline: SanaSprintPipeline) -> None:

@@ -1,24 +1,25 @@
 """The paper's ablations in small: `python -m recipes.emoji.ablations` trains every variant and writes docs/ablations.md.
 
-Every variant is recipes/emoji/student.toml with a few values changed, of the same length, with several seeds. Finished runs are
-kept in the output folder, and a run that was stopped continues, so the command can be stopped and given again. Scores are of one
-step and, as in the paper's ablations, of two steps from pi/2 by way of 1.0.
+Every variant is recipes/emoji/student.toml with a few values changed, of the same length, with several seeds; those of
+`ablated_teachers` are teachers. Finished runs are kept in the output folder, and a run that was stopped continues, so the command
+can be stopped and given again. Scores are of one step and, as in the paper's ablations, of two steps from pi/2 by way of 1.0.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
 import subprocess
 import sys
 import tomllib
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from recipes.emoji import ablated_teachers
+from recipes.emoji.ablation_runs import kept, letters, log_of, to_toml
 from recipes.emoji.ablation_tables import BASELINE, document
 
 RECIPE = Path(__file__).with_name("student.toml")
@@ -27,6 +28,19 @@ GUIDANCE = 4.5
 MIDDLE_TIME = 1.0  # of the paper's ablations
 
 Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is trained: steps of each student (both players counted) and of each teacher."""
+
+    steps: int
+    teacher_steps: int
+
+
+# On two cores that do nothing else, a student's step takes 1.6 s and a teacher's 1.4 s (docs/log.md). With two seeds that
+# is 1 h 25 and 40 minutes at "small", and scoring another 40: under 3 hours in all; twice that at "full".
+SCALES = {"small": Scale(steps=200, teacher_steps=200), "full": Scale(steps=400, teacher_steps=400)}
 
 
 @dataclass(frozen=True)
@@ -63,22 +77,32 @@ VARIANTS = (
 def main() -> None:
     """Trains and scores what is missing, then writes the document."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--teacher", type=Path, default=Path("runs/emoji/teacher/final"))
+    parser.add_argument("--teacher", type=Path, default=Path("runs/emoji/refine/final"))
     parser.add_argument("--output", type=Path, default=Path("runs/emoji/ablations"))
-    parser.add_argument("--steps", type=int, default=400, help="of each run, both players counted")
+    parser.add_argument("--scale", choices=SCALES, default="full", help="small: half the steps")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument(
         "--count", type=int, default=600, help="number of held-out prompts, a multiple of 6 above 512"
     )
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
+    scale = SCALES[arguments.scale]
     results: dict[str, list[Values]] = {}
     for seed in range(arguments.seeds):
         for variant in VARIANTS:
-            scores = result(variant, seed, arguments)
+            scores = result(variant, seed, arguments, scale.steps)
             results.setdefault(variant.name, []).append(scores)
             print(f"{variant.name}, seed {seed}: {scores}", flush=True)
-    DOCUMENT.write_text(document(results, steps=arguments.steps, count=arguments.count), encoding="utf-8")
+    teachers = ablated_teachers.results(
+        arguments.teacher.resolve(),
+        arguments.output,
+        scale.teacher_steps,
+        arguments.seeds,
+        train=partial(train, processes=arguments.processes),
+    )
+    page = document(results, steps=scale.steps, count=arguments.count)
+    DOCUMENT.write_text(page + ablated_teachers.section(teachers, scale.teacher_steps), encoding="utf-8")
+    ablated_teachers.plot(teachers, DOCUMENT.parent / ablated_teachers.PLOT)
     print(DOCUMENT)
 
 
@@ -92,37 +116,24 @@ def run_values(variant: Variant, seed: int, teacher: Path, output: Path, steps: 
     return values
 
 
-def result(variant: Variant, seed: int, arguments: argparse.Namespace) -> Values:
+def result(variant: Variant, seed: int, arguments: argparse.Namespace, steps: int) -> Values:
     """The variant's scores: from disk, or by training and scoring it."""
-    letters = "".join(letter if letter.isalnum() else "-" for letter in variant.name)
-    base = arguments.output / f"{letters}-{seed}"
-    values = run_values(variant, seed, arguments.teacher.resolve(), base, arguments.steps)
-    # Other values, another folder: a changed recipe must not meet old scores.
-    folder = base.with_name(f"{base.name}-{zlib.crc32(to_toml(values).encode()):08x}")
-    values["output"] = str(folder)
-    scores = folder / "scores.json"
-    if not scores.is_file():
-        _train(values, folder, arguments.processes)
-        scores.write_text(json.dumps(_score(folder, arguments.count)), encoding="utf-8")
-    found: Values = json.loads(scores.read_text(encoding="utf-8"))
-    return found
+    base = arguments.output / f"{letters(variant.name)}-{seed}"
+    values = run_values(variant, seed, arguments.teacher.resolve(), base, steps)
+    return kept(
+        values,
+        partial(train, processes=arguments.processes),
+        lambda folder: _score(folder, arguments.count),
+    )
 
 
-def _train(values: Values, folder: Path, processes: int) -> None:
+def train(values: Values, folder: Path, processes: int) -> None:
+    """Trains in other processes, from where a stopped run was."""
     folder.mkdir(parents=True, exist_ok=True)
     stage = folder / "stage.toml"
     stage.write_text(to_toml(values), encoding="utf-8")
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     subprocess.run([sys.executable, *launch, "-m", "sana_sprint", "train", str(stage)], check=True)
-
-
-def to_toml(values: Values, prefix: str = "") -> str:
-    """Nested values as TOML; JSON writes strings, numbers, booleans and lists of them the same way."""
-    lines = [f"{key} = {json.dumps(value)}" for key, value in values.items() if not isinstance(value, dict)]
-    for key, value in values.items():
-        if isinstance(value, dict):
-            lines += ["", f"[{prefix}{key}]", to_toml(value, f"{prefix}{key}.")]
-    return "\n".join(lines)
 
 
 def _score(folder: Path, count: int) -> Values:
@@ -148,8 +159,7 @@ def _score(folder: Path, count: int) -> Values:
         pictures = draw(pipeline, captions, num_steps=steps, guidance=GUIDANCE, middle_time=middle_time)
         scores[f"judge{steps}"] = summarize(judge_many(pictures, scenes), scenes)["overall"]
         scores[f"fid{steps}"] = distance(fit(features_of(pictures, extract, size=SIZE)), real)
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    scores["grad_norm"] = float(np.median([entry["grad_norm"] for entry in log if "grad_norm" in entry]))
+    scores["grad_norm"] = float(np.median([norm for _, norm in log_of(folder, "grad_norm")]))
     return scores
 
 

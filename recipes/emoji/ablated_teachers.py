@@ -1,0 +1,143 @@
+"""Teachers with and without dense time and QK norm (section 3.2 of the paper): how they learn, and their tangents.
+
+The paper shows what happens to a student's gradients; what explodes there is dF/dt, which is a property of the teacher
+that the student starts from, and is measured here.
+"""
+
+from __future__ import annotations
+
+import copy
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+from recipes.emoji.ablation_runs import Train, Values, kept, letters, log_of
+from recipes.emoji.ablation_tables import entry
+from recipes.emoji.plots import draw_curves
+
+RECIPE = Path(__file__).with_name("teacher.toml")
+PLOT = "images/ablated-teachers.png"
+NUM_MEASURED = 126  # pictures whose tangents are measured
+# name -> what its [model] says instead of the recipe's
+VARIANTS: Mapping[str, Values] = {
+    "dense time, QK norm": {},
+    "time in thousandths": {"timestep_scale": 1.0},
+    "no QK norm": {"qk_norm": None},
+    "neither": {"timestep_scale": 1.0, "qk_norm": None},
+}
+COLUMNS = {
+    "loss": "loss",
+    "grad_norm": "gradient norm",
+    "grad_norm_max": "its greatest",
+    "tangent": "tangent",
+    "tangent_max": "its greatest",
+}
+
+
+def results(teacher: Path, output: Path, steps: int, seeds: int, *, train: Train) -> dict[str, list[Values]]:
+    """Scores of every variant and seed: trained, or from disk. `teacher` is the folder that lends its autoencoder."""
+    found: dict[str, list[Values]] = {}
+    for seed in range(seeds):
+        for name in VARIANTS:
+            values = run_values(name, seed, teacher / "vae", output, steps)
+            found.setdefault(name, []).append(kept(values, train, score))
+            print(f"{name}, seed {seed}: { {key: found[name][-1][key] for key in COLUMNS} }", flush=True)
+    return found
+
+
+def run_values(name: str, seed: int, autoencoder: Path, output: Path, steps: int) -> Values:
+    """What the variant's stage file says."""
+    values = copy.deepcopy(tomllib.loads(RECIPE.read_text(encoding="utf-8")))
+    values.update(
+        seed=seed, autoencoder=str(autoencoder), output=str(output / f"teacher-{letters(name)}-{seed}")
+    )
+    values["schedule"].update(
+        steps=steps, sample_every=steps, save_every=max(1, steps // 4), log_every=max(1, steps // 50)
+    )
+    model = {**values["model"], **VARIANTS[name]}
+    values["model"] = {key: value for key, value in model.items() if value is not None}
+    return values
+
+
+def score(folder: Path) -> Values:
+    """Curves of a finished run, their summary, and its tangents."""
+    curves = {name: log_of(folder, name) for name in ("loss", "grad_norm")}
+    norms = [norm for _, norm in curves["grad_norm"]]
+    losses = [loss for _, loss in curves["loss"]]
+    tangents = tangent_sizes(folder / "final", NUM_MEASURED)
+    return {
+        "loss": mean(losses[-len(losses) // 4 :]),
+        "grad_norm": median(norms),
+        "grad_norm_max": max(norms),
+        "tangent": median(tangents),
+        "tangent_max": max(tangents),
+        "curves": curves,
+    }
+
+
+def tangent_sizes(folder: Path, count: int) -> list[float]:
+    """Root mean squares of cos(t) sin(t) dF/dt along the model's own trajectories, at one time for each held-out picture."""
+    import torch
+
+    from recipes.emoji.judge import evaluation_scenes
+    from recipes.emoji.scenes import render
+    from sana_sprint.models.autoencoder import AutoencoderDC
+    from sana_sprint.models.text_encoder import PromptEncoder, load_text_encoder, load_tokenizer
+    from sana_sprint.models.transformer import SanaTransformer2DModel
+    from sana_sprint.train.conditioning import velocity_of
+    from sana_sprint.train.data.pictures import to_tensor
+    from sana_sprint.train.tangent import make_tangent
+    from sana_sprint.trigflow import add_noise, flow_denoiser, lognormal_times
+    from sana_sprint.weights import load_model
+
+    vae = load_model(AutoencoderDC, folder / "vae", dtype=torch.float32)
+    model = load_model(SanaTransformer2DModel, folder / "transformer", dtype=torch.float32)
+    encoder = PromptEncoder(load_tokenizer(folder / "tokenizer"), load_text_encoder(folder / "text_encoder"))
+    scenes = evaluation_scenes(count)
+    torch.manual_seed(0)
+    times = lognormal_times(count, mean=0.2, std=1.6)
+    sizes: list[float] = []
+    with torch.no_grad():
+        for start in range(0, count, 16):
+            part = scenes[start : start + 16]
+            clean = vae.encode(to_tensor([render(scene) for scene in part])) * vae.config.scaling_factor
+            told = encoder.encode([scene.caption for scene in part], complex_human_instruction=None)
+            context = model.encode_caption(told.embeds.float(), told.mask)
+            t = times[start : start + 16]
+            u = add_noise(clean, torch.randn_like(clean), t)
+            direction = flow_denoiser(velocity_of(model, context))(u, t)
+            tangent = make_tangent("dual")(model, context, u, t, direction, None)
+            sizes += tangent.flatten(1).square().mean(1).sqrt().tolist()
+    return sizes
+
+
+def section(found: Mapping[str, Sequence[Mapping[str, Any]]], steps: int) -> str:
+    """The end of the Markdown page."""
+    lines = [
+        "",
+        "## Dense time and QK norm (section 3.2)",
+        "",
+        f"Teachers of {steps} steps each. The loss is the mean over the last quarter; gradient norms are before clipping. The",
+        "tangent is cos(t) sin(t) dF/dt along the model's own trajectory, its root mean square over a latent: what a student",
+        "that starts from this teacher would be taught with. Medians and maxima are over a run's log and over",
+        f"{NUM_MEASURED} held-out pictures.",
+        "",
+        f"| variant | {' | '.join(COLUMNS.values())} |",
+        "|---" * (len(COLUMNS) + 1) + "|",
+    ]
+    for name, scores in found.items():
+        entries = (entry([each[key] for each in scores], key) for key in COLUMNS)
+        lines.append(f"| {name} | {' | '.join(entries)} |")
+    return "\n".join([*lines, "", f"![Loss and gradient norm by step]({PLOT})"]) + "\n"
+
+
+def plot(found: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
+    """Loss and gradient norm of the first seed's runs, by step."""
+    curves = {name: scores[0]["curves"] for name, scores in found.items()}
+    panels = {
+        title: {name: each[key] for name, each in curves.items()}
+        for key, title in (("loss", "loss"), ("grad_norm", "gradient norm"))
+    }
+    draw_curves(panels, path)
