@@ -57,5 +57,7 @@ def _panel(title: str, curves: Mapping[str, Curve]) -> Image.Image:
         draw.text((place(x, low)[0] - LINE, HEIGHT - MARGIN + 4), f"{x:g}", fill="black")
     for number, ((name, curve), color) in enumerate(zip(logs.items(), COLORS, strict=False)):
         draw.line([place(*point) for point in curve], fill=color, width=2)
-        draw.text((WIDTH / 2, MARGIN + 4 + number * LINE), name, fill=color)
+        down = MARGIN + 4 + number * LINE
+        draw.rectangle((WIDTH / 2 - 16, down + 4, WIDTH / 2 - 6, down + 8), fill=color)
+        draw.text((WIDTH / 2, down), name, fill=color)
     return panel
