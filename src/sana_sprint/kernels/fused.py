@@ -57,7 +57,7 @@ def applies(block: SanaTransformerBlock, x: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and x.dtype in _DTYPES
         and x.dtype == block.scale_shift_table.dtype == product_dtype(block.scale_shift_table)
-        and block.norm2.weight is None
+        and not block.norm2.elementwise_affine
         and block.attn2.fused
         and x.shape[-1] <= LARGEST_HEAD_DIM * block.attn1.num_heads
         and runs_on(x.device)
@@ -86,7 +86,7 @@ def fused_block(
     """What `block.forward` makes of these arguments, or None where kernels do not apply."""
     if not applies(block, x):
         return None
-    with torch.cuda.device_of(x):  # Triton launches on the current device
+    with torch.cuda.device(x.device.index if x.is_cuda else -1):  # Triton launches on the current device
         return _run(block, x, modulation, key, value, bias, grid)
 
 

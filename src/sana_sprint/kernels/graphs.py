@@ -132,7 +132,8 @@ class CudaRecorder:
     def __call__(self, function: Callable[[], Tensor]) -> Recording:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        present, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        present = torch.cuda.current_stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch leaves it without types
         side.wait_stream(present)
         with torch.cuda.stream(side):
             function()  # compiles kernels and makes libraries' workspaces, which a capture must not

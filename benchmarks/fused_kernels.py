@@ -1,4 +1,4 @@
-"""Fused kernels beside the plain layers and torch.compile of these: `python benchmarks/kernels.py` on a CUDA GPU.
+"""Fused kernels beside the plain layers and torch.compile of these: `python benchmarks/fused_kernels.py` on a CUDA GPU.
 
 Shapes are those of a block of the published 1.6B transformer at 1024 px: 1024 tokens of 2240 channels, 70 heads, a gated
 depthwise convolution of 11200 channels. Each operation runs over enough sets of inputs to leave the L2 cache, all in one
@@ -12,6 +12,7 @@ on the CPU in Triton's interpreter (set TRITON_INTERPRET=1), and times nothing.
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 import statistics
@@ -82,7 +83,7 @@ def main() -> None:
         cpu_check()
         return
     if not torch.cuda.is_available():
-        sys.exit("benchmarks/kernels.py measures a CUDA GPU, and this machine has none")
+        sys.exit("benchmarks/fused_kernels.py measures a CUDA GPU, and this machine has none")
     found: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -179,7 +180,7 @@ def operations(shape: Shape, device: torch.device, dtype: torch.dtype = torch.bf
             lambda h: exact_forward(h, grid),
             tuple(
                 {"block_w": w, "block_c": c, "rows": r, "num_warps": n}
-                for w, c, r, n in itertools.product((8, 16, 32), (32, 64, 128), (4, 8, 16), (4, 8))
+                for w, c, r, n in itertools.product((8, 16, 32), (32, 64, 128), (4, 8), (4, 8))
                 if w * c <= 2048
             ),
         ),
@@ -187,8 +188,6 @@ def operations(shape: Shape, device: torch.device, dtype: torch.dtype = torch.bf
 
 
 def _double(module: nn.Module) -> nn.Module:
-    import copy
-
     return copy.deepcopy(module).double().requires_grad_(False)
 
 
