@@ -26,6 +26,7 @@ from sana_sprint.models.dc_blocks import (
     average_channels,
     repeat_channels,
 )
+from sana_sprint.models.frugal import over_pixels
 from sana_sprint.models.tiling import Tiling, run_tiled
 
 _BLOCKS = ("EfficientViTBlock", "ResBlock")
@@ -280,7 +281,8 @@ class Decoder(nn.Module):
             x = x + repeat_channels(latent, self.in_repeats)
         for stage in reversed(self.up_blocks):
             x = stage(x)
-        image: Tensor = self.conv_out(self.conv_act(self.norm_out(x)))
+        # Nobody else holds the last block's result, so it may be written over.
+        image: Tensor = self.conv_out(over_pixels(lambda x: self.conv_act(self.norm_out.pixels(x)), x))
         return image
 
 

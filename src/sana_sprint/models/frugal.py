@@ -1,0 +1,91 @@
+"""Evaluating big grids in small memory, on a CPU and without gradients.
+
+A new tensor of many megabytes costs more than the arithmetic on it: the kernel zeroes each of its pages at the first
+touch. So what acts on pixels one by one runs in pieces that stay in a core's cache and writes over its input, and
+convolutions run in strips of rows whose memory is used again. The numbers are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+PIECE = 1 << 18  # elements that are in work at once: 1 MiB in fp32
+STRIP = 1 << 24  # bytes of a strip: malloc keeps blocks of less than 32 MiB for the next one
+
+
+def is_inference(x: Tensor) -> bool:
+    """Whether operations may be replaced by others with the same result, up to rounding.
+
+    Not where gradients are wanted, nor under autocast, whose casts go by operation.
+    """
+    kind = x.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return not (torch.is_grad_enabled() or autocast)
+
+
+def is_frugal(x: Tensor) -> bool:
+    """Whether to work in pieces. Compilers are given whole operations, which they fuse themselves."""
+    return x.device.type == "cpu" and is_inference(x) and not torch.compiler.is_compiling()
+
+
+def needs_pieces(x: Tensor) -> bool:
+    """Whether an array is so large that working in pieces pays."""
+    return is_frugal(x) and x.numel() > PIECE
+
+
+def over_pixels(function: Callable[..., Tensor], target: Tensor, *others: Tensor) -> Tensor:
+    """`function` of arrays whose last axis is the channels, on grids (B,C,H,W) -> (B,C,H,W).
+
+    It must give as many channels as `target` has and see each pixel by itself. `target` is given up: where memory is
+    saved, the result is written over it.
+    """
+    pixels = [x.movedim(1, -1) for x in (target, *others)]
+    if not needs_pieces(target):
+        return function(*pixels).movedim(-1, 1)
+    rows = max(1, PIECE // pixels[0][0, 0].numel())
+    for picture in zip(*pixels, strict=True):
+        for first in range(0, target.shape[2], rows):
+            pieces = [x[first : first + rows] for x in picture]
+            pieces[0].copy_(function(*pieces))
+    return target
+
+
+def needs_strips(x: Tensor, channels: int) -> bool:
+    """Whether grids of `x`'s height and width and of `channels` are so large that `by_strips` pays."""
+    return is_frugal(x) and x.shape[2] * x.shape[3] * x.element_size() * channels > 2 * STRIP
+
+
+def by_strips(rows: Callable[[Tensor, int, int], Tensor], x: Tensor, channels: int) -> Tensor:
+    """A result of `x`'s shape from `rows(picture (1,C,H,W), first, end)`, which gives its rows from first to end - 1.
+
+    `channels` says how many its largest intermediate grid has.
+    """
+    out = torch.empty_like(x)
+    for picture, result in zip(x.chunk(len(x)), out.chunk(len(x)), strict=True):
+        for first, end in strips(x.shape[2], x.shape[3] * x.element_size() * channels):
+            result[:, :, first:end] = rows(picture, first, end)
+    return out
+
+
+def strips(height: int, row: int) -> Iterator[tuple[int, int]]:
+    """(first, end) of consecutive strips of rows of `row` bytes."""
+    rows = max(1, STRIP // row)
+    for first in range(0, height, rows):
+        yield first, min(first + rows, height)
+
+
+def window_rows(x: Tensor, first: int, end: int) -> Tensor:
+    """Rows first to end - 1 of a grid (B,C,H,W), with zeros for those beyond its edges."""
+    above, below = max(0, -first), max(0, end - x.shape[2])
+    window = x[:, :, max(0, first) : end]
+    return F.pad(window, (0, 0, above, below)) if above or below else window
+
+
+def convolve_rows(conv: nn.Conv2d, x: Tensor, first: int, end: int) -> Tensor:
+    """Rows first to end - 1 of `conv(x)`, for a 3x3 kernel padded by 1 with zeros."""
+    window = window_rows(x, first - 1, end + 1)
+    return F.conv2d(window, conv.weight, conv.bias, padding=(0, 1), groups=conv.groups)

@@ -1,0 +1,89 @@
+"""Nearest-neighbour upsampling and a 3x3 convolution of its result, as four 2x2 convolutions of the small grid.
+
+A pixel (2i+a, 2j+b) of the large grid sees, through a 3x3 kernel, 2x2 pixels of the small one: rows i-1+a and i+a,
+columns j-1+b and j+b. Taps that fall on the same pixel add up, so each of the four phases (a,b) has a 2x2 kernel of
+its own: 16 products per small pixel where there were 36.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sana_sprint.models.frugal import is_frugal, strips, window_rows
+from sana_sprint.models.layers import wide_dtype
+
+# [phase][tap of the 2-tap kernel][tap of the 3-tap kernel], along one axis
+_SHARES = ([[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]])
+
+
+def phase_kernels(weight: Tensor) -> Tensor:
+    """Kernels (C,I,3,3) -> (4*C,I,2,2), phase by phase; summed in fp32."""
+    wide = weight.detach().to(wide_dtype(weight))
+    shares = torch.tensor(_SHARES, dtype=wide.dtype, device=wide.device)
+    kernels = torch.einsum("apr,bqs,cirs->abcipq", shares, shares, wide).flatten(0, 2)
+    return kernels.to(weight.dtype, memory_format=torch.channels_last)
+
+
+class PhaseKernels:
+    """The phase kernels of a convolution, kept until its weight is replaced, moved, cast or written to.
+
+    As far as torch tells: it does not for writes through `.data` and by optimizers with `fused=True`.
+    """
+
+    def __init__(self) -> None:
+        self._kept: tuple[object, Tensor] | None = None
+
+    def of(self, conv: nn.Conv2d) -> Tensor:
+        """`phase_kernels(conv.weight)`."""
+        weight = conv.weight
+        if (
+            torch.compiler.is_compiling()
+        ):  # a graph keeps nothing; beside the convolution it is next to no work
+            return phase_kernels(weight)
+        version = 0 if weight.is_inference() else weight._version  # inference tensors count no versions
+        key = (weight.data_ptr(), version, weight.dtype, weight.device)
+        kept = self._kept
+        if kept is None or kept[0] != key:
+            kept = self._kept = key, phase_kernels(weight)
+        return kept[1]
+
+    def forget(self) -> None:
+        """Free the memory."""
+        self._kept = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_kept": None}  # copies and files are better off without them
+
+
+def upsample(x: Tensor, kernels: Tensor, bias: Tensor | None, repeats: int | None) -> Tensor:
+    """The small grid (B,I,H,W) -> (B,C,2H,2W); `kernels` (4*C,I,2,2).
+
+    `repeats` adds the shortcut: each channel of `x` so many times in a row, shuffled into pixels.
+    """
+    batch, _, height, width = x.shape
+    channels = len(kernels) // 4
+    biases = None if bias is None else bias.repeat(4)
+    size = (batch, channels, 2 * height, 2 * width)
+    out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    row = 4 * channels * width * x.element_size()
+    for first, end in strips(height, row) if is_frugal(x) else [(0, height)]:
+        # One row and one column more than the grid has: each phase takes those that begin where its kernel does.
+        phases = F.conv2d(window_rows(x, first - 1, end + 1), kernels, biases, padding=(0, 1))
+        for phase in range(4):
+            a, b = divmod(phase, 2)
+            y = phases[:, phase * channels : (phase + 1) * channels, a : a + end - first, b : b + width]
+            target = out[:, :, 2 * first + a : 2 * end : 2, b::2]
+            target.copy_(y if repeats is None else y + _shortcut(x[:, :, first:end], repeats, phase))
+    return out
+
+
+def _shortcut(x: Tensor, repeats: int, phase: int) -> Tensor:
+    """Of channels repeated `repeats` times, each fourth from `phase` on: what the shuffle puts into that phase."""
+    if 4 % repeats == 0:  # no channel twice: a view
+        return x[:, phase // repeats :: 4 // repeats]
+    index = torch.arange(phase, x.shape[1] * repeats, 4, device=x.device) // repeats
+    return x.movedim(1, -1).index_select(-1, index).movedim(-1, 1)
