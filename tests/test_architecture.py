@@ -153,7 +153,8 @@ def test_public_names_are_sorted_and_importable():
         sana_sprint.Pipelin  # noqa: B018  (a misspelt name)
 
 
-@pytest.mark.parametrize("name", MODULES)
+# Others are not imported: some need a package that is only there on some machines.
+@pytest.mark.parametrize("name", [name for name in MODULES if "__all__" in FILES[name].read_text("utf-8")])
 def test_names_listed_in_all_exist(name):
     # ruff (RUF022) keeps every __all__ sorted.
     module = importlib.import_module(f"{PACKAGE}.{name}")
