@@ -58,13 +58,16 @@ def files_of_run(config: AnyRun, folder: Path) -> list[Path]:
         raise ValueError(f"the run {config.output} has its caches in {config.output.parent}, not in {folder}")
     if isinstance(config, AutoencoderRun):
         return []
-    is_teacher = isinstance(config, TeacherRun)
-    models = config.autoencoder if is_teacher else resolve_folder(str(config.teacher))
-    autoencoder = load_model(AutoencoderDC, models if is_teacher else models / "vae", dtype=torch.float32)
+    if isinstance(config, TeacherRun):
+        models = weights = config.autoencoder
+    else:
+        models = resolve_folder(str(config.teacher))
+        weights = models / "vae"
+    autoencoder = load_model(AutoencoderDC, weights, dtype=torch.float32)
     data = config.data
     source = open_source(data.source, max_bad=data.max_bad_fraction)
     latents = latent_files(folder, source, data.num_samples, autoencoder, data.size)
-    if is_teacher:
+    if isinstance(config, TeacherRun):
         return latents
     texts = _text_files(config, folder, latents, models) if config.cache_text else []
     name = _condition(config)

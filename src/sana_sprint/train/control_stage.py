@@ -72,12 +72,13 @@ class Conditions:
         if len(self.cache) != len(cache):
             raise ValueError(f"{len(cache)} samples have {len(self.cache)} conditions; each must have one")
         self.device = autoencoder.device
-        height, width = (multiple * side for side in cache.shape[1:])  # of validation's pictures, whatever their own
+        # Of validation's pictures, whatever their own.
+        height, width = (multiple * side for side in cache.shape[1:])
         indices = range(VALIDATION_START, VALIDATION_START + NUM_VALIDATION_CAPTIONS)
         shown = [source.condition(fit(pictures(i)[0], height, width), i) for i in indices]
         self.pictures = to_tensor(shown)
         with torch.no_grad():  # one by one: they may be large
-            encoded = [autoencoder.encode(each.to(self.device)) for each in self.pictures.split(1)]
+            encoded = [autoencoder.encode(each[None].to(self.device)) for each in self.pictures]
         self.validation = torch.cat(encoded) * autoencoder.config.scaling_factor
 
     def latents(self, indices: Tensor | None, count: int) -> Tensor:
