@@ -30,6 +30,13 @@ RELATION_WORDS = {
     "below": "below",
     "and": None,
 }
+# Where the first is -> its relation to the second, and where that is.
+BY_PLACE = {
+    "on the left": ("left of", "on the right"),
+    "on the right": ("right of", "on the left"),
+    "at the top": ("above", "at the bottom"),
+    "at the bottom": ("below", "at the top"),
+}
 NUMBER_WORDS = {"a pair of": 1, "one pair of": 1, "a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4}
 SAME_IN_PLURAL = {"sheep", "fish", "broccoli", "scissors"}
 OTHER_PLURALS = {"bus": "buses", "cup of coffee": "cups of coffee"}
@@ -66,6 +73,11 @@ def understood(caption: str) -> tuple[list[tuple[str, int]], str | None, str | N
         caption, background = match[1], match[3]
     caption = re.sub(r"^a (photo|picture) of ", "", caption)
     joints = "|".join(sorted(RELATION_WORDS, key=len, reverse=True))
+    places = "|".join(BY_PLACE)
+    if match := re.fullmatch(rf"({places}) (.+), ({places}) (.+)", caption):
+        relation, other = BY_PLACE[match[1]]
+        assert match[3] == other, caption
+        return [counted(match[2]), counted(match[4])], relation, background
     if match := re.fullmatch(rf"(.+?) ({joints}) (.+)", caption):
         return [counted(match[1]), counted(match[3])], RELATION_WORDS[match[2]], background
     return [counted(caption)], None, background
@@ -100,7 +112,7 @@ def test_scenes_are_the_same_on_every_machine() -> None:
         "three purple squares on a gray background",
     ]
     assert [sample_scene(seed, held_out=True).caption for seed in range(3)] == [
-        "two moons on an orange background",
+        "gray background, a picture of a white square below an apple",
         "a zebra below a cow on a blue background",
         "gray background, a picture of three crescent moons",
     ]

@@ -87,6 +87,7 @@ def test_fields_that_may_change_are_fields() -> None:
         for name, field in model.model_fields.items():
             names.add(name)
             inner = field.annotation
-            if isinstance(inner, type) and issubclass(inner, config._Section):
-                names |= {f"{name}.{each}" for each in inner.model_fields}
+            for kind in (inner, *get_args(inner)):  # a section may be optional
+                if isinstance(kind, type) and issubclass(kind, config._Section):
+                    names |= {f"{name}.{each}" for each in kind.model_fields}
     assert names >= config.MAY_CHANGE

@@ -288,7 +288,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> AnyRun:
     except OSError as error:
         raise ValueError(f"cannot read the stage file {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from error
+        raise ValueError(
+            f"{path} is not valid {'JSON' if path.suffix == '.json' else 'TOML'}: {error}"
+        ) from error
     for override in overrides:
         _apply(values, override)
     try:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sana_sprint.models.text_encoder import PromptEmbeddings, PromptEncoder
 from sana_sprint.prompts import DEFAULT_MAX_SEQUENCE_LENGTH
-from sana_sprint.train.parts import PART_SIZE, cut, digest, make_parts, read_part, write_part
+from sana_sprint.train.parts import cut, digest, make_parts, read_part, write_part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,12 +76,13 @@ def cached_embeddings(
         report: receives a line about the result.
     """
     texts = list(dict.fromkeys(captions))
-    files = embedding_files(
+    paths = embedding_files(
         folder, texts, encoder, instruction=instruction, max_sequence_length=max_sequence_length
     )
+    files = dict(zip(cut(len(texts)), paths, strict=True))
 
     def make(part: range) -> Path:
-        path = files[part.start // PART_SIZE]
+        path = files[part]
         if not path.is_file():
             tensors = _encode(encoder, texts[part.start : part.stop], instruction, max_sequence_length)
             write_part(path, tensors, {})

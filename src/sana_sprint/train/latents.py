@@ -173,18 +173,21 @@ def cached_latents(
     cache = LatentCache(
         [tensors[name] for tensors, facts in parts.values() for name in facts["captions"]],
         _captions(parts.values()),
-        {
-            "samples": str(len(positions)),
-            "pictures and captions": digest(*(samples for _, samples in made.values()))[:16],
-            "autoencoder and size": encoder.settings[:16],
-        },
+        _identity(len(positions), [samples for _, samples in made.values()], encoder.settings),
     )
     whole = f" of {len(opened.training)}" if isinstance(opened, RecordSource) else ""
-    report(
-        f"latents: {len(cache)}{whole} in {folder / 'latents'}, in {len(cache.buckets)} shapes; "
-        f"{len(skipped)} unreadable, {len(uncaptioned)} without caption"
-    )
+    found = f"{len(cache.buckets)} shapes; {len(skipped)} unreadable, {len(uncaptioned)} without caption"
+    report(f"latents: {len(cache)}{whole} in {folder / 'latents'}, in {found}")
     return cache
+
+
+def _identity(num_samples: int, samples: Sequence[str], settings: str) -> dict[str, str]:
+    """What a checkpoint says of its data, so that a run continues with the same only."""
+    return {
+        "samples": str(num_samples),
+        "pictures and captions": digest(*samples)[:16],
+        "autoencoder and size": settings[:16],
+    }
 
 
 def latent_files(
