@@ -215,6 +215,7 @@ class PageUser:
         return tuple(self.run(script, x, y)[:3])
 
     def errors(self) -> list[str]:
-        """The errors on the browser's console, but for connections that tests cut."""
+        """The errors on the browser's console, but for connections that tests cut and pictures still on their way as a server ends."""
         logs = [log["message"] for log in self.driver.get_log("browser") if log["level"] == "SEVERE"]
-        return [message for message in logs if "WebSocket connection" not in message]
+        cut = ("WebSocket connection", "ERR_CONNECTION_REFUSED")
+        return [message for message in logs if not any(words in message for words in cut)]
