@@ -243,7 +243,7 @@ def test_what_a_device_cannot_do_is_said_before_anything_changes():
     pipe = emoji()
     with pytest.raises(ValueError, match=r"fp8 of vae.*; cpu can run .*int8-weights"):
         pipe.quantize({"transformer": "int8-weights", "vae": "fp8"})
-    with pytest.raises(ValueError, match="fp8 of (transformer|text_encoder) needs an NVIDIA GPU"):
+    with pytest.raises(ValueError, match=r"fp8 of (transformer|text_encoder) needs an NVIDIA GPU"):
         emoji(quantization_config="fp8")
     with pytest.raises(ValueError, match="scheduler cannot be quantised"):
         pipe.quantize({"scheduler": "int8-weights"})
