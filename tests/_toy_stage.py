@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -160,7 +161,9 @@ def main(argument: str) -> None:
     if wanted["stopped"]:
         is_last = distributed.rank() == distributed.world_size() - 1
         train_toy(wanted["stopped"], should_stop=lambda: is_last)
+    group = weakref.ref(torch.distributed.group.WORLD) if wanted["stopped"] else lambda: None
     distributed.stop()
+    assert group() is None, "the group outlives its end, and its threads with it"
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ other work.
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -24,6 +25,9 @@ _BUCKET = 2**24  # elements
 def start() -> None:
     """Joins the process group that torchrun announced; alone, does nothing."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
+        # An optimiser's first step imports this. Imported while there is a group, it keeps that as the default of its
+        # arguments, so `stop` would not end the group's threads, and one that is busy when Python exits aborts the process.
+        importlib.import_module("torch.distributed.nn.functional")
         if torch.cuda.is_available():
             torch.cuda.set_device(device())
         # Processes wait for the first one's validation and export, and for the slowest at encoding latents.
