@@ -171,10 +171,7 @@ class Ours:
         embeddings = PromptEmbeddings(text, mask, (False,) * count, (length,) * count, (0,) * count)
         with torch.no_grad():
             captioned = self.stage.teacher.encode_caption(text, mask)
-            uncaptioned = self.stage.teacher.encode_caption(text[:, :1])
-        return Batch(
-            task.u0, embeddings, draw_guidance(count), captioned, uncaptioned, indices=torch.arange(count)
-        )
+        return Batch(task.u0, embeddings, draw_guidance(count), captioned, indices=torch.arange(count))
 
     def tangent(self, u: Tensor, t: Tensor, guidance: Tensor) -> tuple[Tensor, Tensor]:
         """The guided teacher's F and the scaled tangent of the student."""

@@ -22,10 +22,8 @@ from sana_sprint.cli.generate import (
     Seed,
     Size,
     Steps,
-    guidance_arguments,
+    call_arguments,
     plan,
-    size_arguments,
-    time_arguments,
 )
 from sana_sprint.cli.loading import ModelOptions, load_control_pipeline
 from sana_sprint.cli.pictures import check_target, is_file_target, write_picture
@@ -113,10 +111,7 @@ def control(
         _check_preview(preview)
     arguments = {
         **_following(image, kind, thickness, scale, start, end),
-        **size_arguments(size),
-        **guidance_arguments(guidance),
-        **time_arguments(steps, max_timesteps, intermediate_timesteps),
-        **({"clean_caption": True} if clean_caption else {}),
+        **call_arguments(size, guidance, steps, max_timesteps, intermediate_timesteps, clean_caption),
     }
     wanted = ModelOptions(model, dtype, device, vae_tiling, vae_slicing, tuple(lora or ()), quantize)
     followed = {"image": str(image), "kind": kind, "controlnet_conditioning_scale": scale}

@@ -98,12 +98,7 @@ def generate(
     Example: sana-sprint generate "two apples on a blue background" -n 4 --seed 7 -o out/
     """
     task = plan(prompts, file, num_images, seed, output, as_json)
-    arguments = {
-        **size_arguments(size),
-        **guidance_arguments(guidance),
-        **time_arguments(steps, max_timesteps, intermediate_timesteps),
-        **({"clean_caption": True} if clean_caption else {}),
-    }
+    arguments = call_arguments(size, guidance, steps, max_timesteps, intermediate_timesteps, clean_caption)
     wanted = ModelOptions(model, dtype, device, vae_tiling, vae_slicing, tuple(lora or ()), quantize)
     task.run(lambda: load_pipeline(wanted), model, arguments, wanted.notes())
 
@@ -165,7 +160,24 @@ def _at_least_one(num_images: int) -> int:
     return num_images
 
 
-def size_arguments(text: str | None) -> dict[str, Any]:
+def call_arguments(
+    size: str | None,
+    guidance: float | None,
+    steps: int,
+    max_timesteps: float | None,
+    intermediate_timesteps: float | None,
+    clean_caption: bool,
+) -> dict[str, Any]:
+    """A pipeline's arguments from a command's options of these names; raises UsageError for what cannot be done."""
+    return {
+        **_size_arguments(size),
+        **_guidance_arguments(guidance),
+        **_time_arguments(steps, max_timesteps, intermediate_timesteps),
+        **({"clean_caption": True} if clean_caption else {}),
+    }
+
+
+def _size_arguments(text: str | None) -> dict[str, Any]:
     if text is None:
         return {}
     match = re.fullmatch(r"(\d{1,6})(?:[xX](\d{1,6}))?", text.strip())
@@ -177,7 +189,7 @@ def size_arguments(text: str | None) -> dict[str, Any]:
     return {"width": width, "height": height}
 
 
-def guidance_arguments(scale: float | None) -> dict[str, Any]:
+def _guidance_arguments(scale: float | None) -> dict[str, Any]:
     if scale is None:
         return {}
     if not 0 <= scale < math.inf:
@@ -185,7 +197,7 @@ def guidance_arguments(scale: float | None) -> dict[str, Any]:
     return {"guidance_scale": scale}
 
 
-def time_arguments(steps: int, first: float | None, second: float | None) -> dict[str, Any]:
+def _time_arguments(steps: int, first: float | None, second: float | None) -> dict[str, Any]:
     from sana_sprint.sampling import PUBLISHED_MAX, schedule
 
     if second is not None and steps != 2:

@@ -78,8 +78,7 @@ def transform(
     transformer = _transformer(model)
     _check_derivable(transformer)
     transformer.check_inputs(latent.value, flow_t.value, context, guidance)
-    patch = transformer.config.patch_size
-    grid = (latent.value.shape[2] // patch, latent.value.shape[3] // patch)
+    grid = transformer.grid(latent.value)
     with torch.no_grad():
         x = patch_embed(transformer.patch_embed, latent)
         modulation, embedding = embed_time(transformer, flow_t, guidance)

@@ -53,7 +53,6 @@ class Batch:
     embeddings: PromptEmbeddings
     guidance: Tensor
     captioned: CaptionContext  # the teacher's
-    uncaptioned: CaptionContext
     indices: Tensor  # (B,), of the samples in the cache
 
 
@@ -232,17 +231,18 @@ class StudentStage:
         instruction = float(torch.rand(())) < self.config.instruction_rate
         embeddings = self.embed(captions, instruction=instruction)
         captioned = self.context(self.teacher, embeddings.embeds, embeddings.mask, order)
-        uncaptioned = self.context(self.teacher, embeddings.embeds[:, :1], None, order)
-        return Batch(u0, embeddings, guidance, captioned, uncaptioned, order)
+        return Batch(u0, embeddings, guidance, captioned, order)
 
     def _student_context(self, batch: Batch) -> CaptionContext:
         return self.context(self.transformer, batch.embeddings.embeds, batch.embeddings.mask, batch.indices)
 
     def guided_teacher(self, batch: Batch) -> Denoiser:
         """The guided teacher. Guidance is affine in the velocity, so it is the same before and after the transform."""
+        # Here, because the discriminator's steps have no use for it. Bos alone is the empty prompt.
+        uncaptioned = self.context(self.teacher, batch.embeddings.embeds[:, :1], None, batch.indices)
         velocity = guided(
             velocity_of(self.teacher, batch.captioned),
-            velocity_of(self.teacher, batch.uncaptioned),
+            velocity_of(self.teacher, uncaptioned),
             batch.guidance,
             projected=self.config.guidance_projected,
             limit=self.config.guidance_limit,
