@@ -137,10 +137,10 @@ class Ours:
                 "optimizer": {},
                 "schedule": {"steps": 1, "batch_size": len(task.u0)},
                 "guidance_scales": GUIDANCE,
+                "max_time_rate": MAX_TIME_RATE,
                 "discriminator": {
                     "blocks": task.head_blocks,
                     "weight": ADVERSARIAL_WEIGHT,
-                    "max_time_rate": MAX_TIME_RATE,
                     "optimizer": {},
                 },
             }
@@ -154,7 +154,8 @@ class Ours:
         stage.tangent = make_tangent(stage.config.tangent)
         stage.student = Student(stage.transformer, task.u0[0].numel())
         assert stage.config.discriminator is not None
-        stage.adversary = Adversary(stage.config.discriminator, stage.teacher, stage.draw_times)
+        stage.adversary = Adversary(stage.config.discriminator, stage.teacher)
+        stage.matching = None
         self.autocast = mixed_precision(precision)
         self.optimizer = torch.optim.AdamW(stage.student.parameters(), lr=LEARNING_RATE)
 

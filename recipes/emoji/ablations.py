@@ -69,8 +69,8 @@ VARIANTS = (
     Variant("one guidance scale", lambda values: values.update(guidance_scales=[GUIDANCE])),
     Variant("twice the weight", lambda values: _weigh(values, 2.0)),
     Variant("a fifth of the weight", lambda values: _weigh(values, 0.2)),
-    Variant("max-time 0%", lambda values: values["discriminator"].update(max_time_rate=0.0)),
-    Variant("max-time 70%", lambda values: values["discriminator"].update(max_time_rate=0.7)),
+    Variant("max-time 0%", lambda values: values.update(max_time_rate=0.0)),
+    Variant("max-time 70%", lambda values: values.update(max_time_rate=0.7)),
 )
 
 

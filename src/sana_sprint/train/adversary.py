@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -13,39 +11,28 @@ from sana_sprint.train.conditioning import FlowModel
 from sana_sprint.train.config import DiscriminatorConfig
 from sana_sprint.train.discriminator import Discriminator
 from sana_sprint.train.losses import hinge_discriminator, hinge_generator, r1_penalty
-from sana_sprint.trigflow import T_MAX, Denoiser, add_noise, lognormal_times, to_clean
+from sana_sprint.trigflow import add_noise, lognormal_times
 
 
 class Adversary:
-    """A discriminator, its settings, and the frozen teacher through which it sees.
+    """A discriminator, its settings, and the frozen teacher through which it sees."""
 
-    `draw_times` (count -> (count,) angles) is how the student's own times are drawn.
-    """
-
-    def __init__(
-        self,
-        config: DiscriminatorConfig,
-        teacher: FlowModel,
-        draw_times: Callable[[int], Tensor],
-    ) -> None:
+    def __init__(self, config: DiscriminatorConfig, teacher: FlowModel) -> None:
         self.config = config
         self.teacher = teacher
-        self.draw_times = draw_times
         self.discriminator = Discriminator(teacher.config.width, teacher.config.num_layers, config.blocks)
 
-    def student_loss(self, student: Denoiser, u0: Tensor, context: CaptionContext) -> Tensor:
-        """How fake the discriminator finds the student's one-step pictures; its heads get no gradient.
+    def student_loss(self, fake: Tensor, context: CaptionContext) -> Tensor:
+        """How fake the discriminator finds the student's pictures; its heads get no gradient.
 
         The discriminator's own graph, as large as the student's, is gone when this returns: the gradient by the pictures
         is taken at once, and the loss carries it on to the student.
 
         Args:
-            student: with gradients.
-            u0: clean latents (B,C,H,W).
+            fake: the pictures, clean latents (B,C,H,W), with gradients.
             context: the teacher's, of their captions.
         """
         self.discriminator.requires_grad_(False)
-        fake = self._pictures(student, u0)
         judged = fake.detach().requires_grad_()
         t = self._judging_times(len(fake))
         loss = hinge_generator(self.discriminator(self._features(judged, t, context)))
@@ -55,15 +42,14 @@ class Adversary:
         return loss.detach() + carried - carried.detach()
 
     def discriminator_loss(
-        self, student: Denoiser, u0: Tensor, context: CaptionContext
+        self, fake: Tensor, u0: Tensor, context: CaptionContext
     ) -> tuple[Tensor, dict[str, float]]:
-        """Real latents against the student's and, if so configured, against real ones with another's caption.
+        """Real latents u0 against the student's and, if so configured, against real ones with another's caption.
 
         Real and fake are noised to the same angles, with noise of their own. Arguments as for `student_loss`.
         """
         self.discriminator.requires_grad_(True)
         with torch.no_grad():
-            fake = self._pictures(student, u0)
             t = self._judging_times(len(u0))
             real_features = self._features(u0, t, context)
             fake_context = context
@@ -81,13 +67,6 @@ class Adversary:
             loss = loss + self.config.r1_weight / 2 * penalty
             metrics["r1"] = penalty.item()
         return loss, metrics
-
-    def _pictures(self, student: Denoiser, u0: Tensor) -> Tensor:
-        """Clean predictions in one step, a part of them from pure noise (max-time weighting)."""
-        t = self.draw_times(len(u0))
-        t = torch.where(torch.rand(len(u0), device=t.device) < self.config.max_time_rate, T_MAX, t)
-        u = add_noise(u0, torch.randn_like(u0), t)
-        return to_clean(u, student(u, t).float(), t)
 
     def _judging_times(self, count: int) -> Tensor:
         return lognormal_times(

@@ -24,7 +24,7 @@ MAY_CHANGE = frozenset(
         "distribution",
         "gradient_checkpointing",
         "tensorboard",
-        "discriminator.recompute",
+        "recompute_pictures",
         "schedule.steps",
         "schedule.accumulation",
         "schedule.log_every",
@@ -205,22 +205,32 @@ class DiscriminatorConfig(_Section):
     # Angles at which real and student pictures are noised before they are judged: arctan(e^N(mean, std) / sigma_d).
     time_mean: float = -0.6
     time_std: float = Field(default=1.0, gt=0)
-    # Part of the student's pictures that start from pure noise (the paper's max-time weighting).
-    max_time_rate: float = Field(default=0.5, ge=0, le=1)
     # Whether real pictures with another picture's caption count as fakes too.
     misaligned_pairs: bool = True
     # Factor of the gradient penalty on the heads' inputs.
     r1_weight: float = Field(default=0.0, ge=0)
-    # Recompute the student's blocks for the adversarial loss's backward pass instead of keeping their activations while
-    # the consistency loss makes its own.
-    recompute: bool = True
+    optimizer: OptimizerConfig
+
+
+class MatchingConfig(_Section):
+    """Distribution matching: see `matching.py`."""
+
+    # Factor of the loss beside the consistency loss; both move a picture by about 1 at most.
+    weight: float = Field(default=1.0, gt=0)
+    # Steps, of all players, over which the weight grows from 0.
+    warmup_steps: int = Field(default=100, ge=0)
+    # Flow times at which pictures are noised and the follower learns: sigmoid(N(mean, std)).
+    time_mean: float = 0.0
+    time_std: float = Field(default=1.2, gt=0)
     optimizer: OptimizerConfig
 
 
 class StudentRun(_Run):
-    """Distils a teacher run into a student for few steps: consistency loss (sCM), adversarial loss (LADD), or both."""
+    """Distils a teacher run into a student for few steps: consistency loss (sCM), adversarial loss (LADD), or more of them."""
 
     stage: Literal["student"]
+    # A pipeline folder whose student, or control branch, goes on learning; without it that starts as its teacher.
+    start: Path | None = None
     data: LatentDataConfig
     # Recompute each block's activations in the backward pass instead of keeping them.
     gradient_checkpointing: bool = False
@@ -230,6 +240,13 @@ class StudentRun(_Run):
     # Factor of the consistency loss; 0 leaves it out.
     scm_weight: float = Field(default=1.0, ge=0)
     discriminator: DiscriminatorConfig | None = None
+    matching: MatchingConfig | None = None
+    # Part of the pictures that the student draws in one step for these two losses which start from pure noise (the
+    # paper's max-time weighting).
+    max_time_rate: float = Field(default=0.5, ge=0, le=1)
+    # Recompute the student's blocks for the backward pass of those losses instead of keeping their activations while the
+    # consistency loss makes its own.
+    recompute_pictures: bool = True
     # Guidance scales the student learns, drawn uniformly; it is told which.
     guidance_scales: tuple[float, ...] = Field(default=(4.0, 4.5, 5.0), min_length=1)
     # How the teacher is guided: see `flow.guided`.
@@ -245,14 +262,17 @@ class StudentRun(_Run):
 
     @model_validator(mode="after")
     def _has_a_loss(self) -> StudentRun:
-        if not self.scm_weight and self.discriminator is None:
-            raise ValueError("scm_weight is 0 and there is no [discriminator]: nothing to learn from")
+        if not self.scm_weight and self.discriminator is None and self.matching is None:
+            raise ValueError(
+                "scm_weight is 0, and there is no [discriminator] and no [matching]: nothing to learn from"
+            )
         return self
 
     @property
     def optimizers(self) -> tuple[OptimizerConfig, ...]:
-        """The student's and, where there is one, the discriminator's."""
-        return (self.optimizer,) + ((self.discriminator.optimizer,) if self.discriminator else ())
+        """The student's and, where there are such, the discriminator's and the follower's."""
+        others = (self.discriminator, self.matching)
+        return (self.optimizer, *(each.optimizer for each in others if each))
 
 
 class ControlStudentRun(StudentRun):

@@ -5,6 +5,7 @@ The two stages of ControlNet with SANA-Sprint (arXiv 2503.09641, section 4.4). I
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from sana_sprint.train.data.pictures import fit, to_tensor
 from sana_sprint.train.flow_stage import NUM_VALIDATION_CAPTIONS, FlowStage
 from sana_sprint.train.latents import LatentCache, cached_latents
 from sana_sprint.train.stage import Metrics, Report
+from sana_sprint.train.student import with_guidance
 from sana_sprint.train.student_stage import StudentStage
 from sana_sprint.trigflow import Velocity
 from sana_sprint.weights import load_model, resolve_folder, save_model
@@ -144,7 +146,7 @@ class ControlTeacherStage(FlowStage):
 
 
 class ControlStudentStage(StudentStage):
-    """The distillation of `StudentStage`, of which only the branch learns. It starts as the teacher's."""
+    """The distillation of `StudentStage`, of which only the branch learns. It starts as the teacher's, or as that of `start`."""
 
     config: ControlStudentRun
 
@@ -157,15 +159,25 @@ class ControlStudentStage(StudentStage):
         teacher = self.load_transformer(self.folder)
         self.student_folder = resolve_folder(str(self.config.student))
         student = self.load_transformer(self.student_folder)
+        start = self.config.start and resolve_folder(str(self.config.start)) / "controlnet"
         branches = [
-            load_model(SanaControlNetModel, self.config.controlnet, dtype=torch.float32, device=self.device)
-            for _ in range(2)
+            load_model(SanaControlNetModel, folder, dtype=torch.float32, device=self.device)
+            for folder in (self.config.controlnet, start or self.config.controlnet)
         ]
         return (
             ControlledTransformer(teacher, branches[0].requires_grad_(False)),
             ControlledTransformer(student, branches[1].train()),
             branches[1],
         )
+
+    def follower(self) -> tuple[FlowModel, nn.Module]:
+        """A steered model whose transformer and branch both learn."""
+        assert isinstance(self.teacher, ControlledTransformer)
+        follower = ControlledTransformer(
+            with_guidance(self.teacher.transformer).to(self.device),
+            copy.deepcopy(self.teacher.controlnet).requires_grad_(True),
+        )
+        return follower, nn.ModuleList([follower.transformer, follower.controlnet])
 
     def context(
         self, model: FlowModel, embeds: Tensor, mask: Tensor | None, indices: Tensor | None

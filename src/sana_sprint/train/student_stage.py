@@ -1,6 +1,6 @@
 """Distilling a teacher into a student for 1 to 4 steps: consistency (sCM) and adversarial (LADD) losses together.
 
-Algorithm 2 of SANA-Sprint (arXiv 2503.09641). The student learns on even steps, the discriminator on odd ones.
+Algorithm 2 of SANA-Sprint (arXiv 2503.09641), and distribution matching on request. The players take turns, a step each.
 """
 
 from __future__ import annotations
@@ -28,15 +28,19 @@ from sana_sprint.train.data import channels_last
 from sana_sprint.train.flow import guided
 from sana_sprint.train.latents import latents_of_run
 from sana_sprint.train.losses import consistency_target, direction_norm, scm_loss
+from sana_sprint.train.matching import Matching
 from sana_sprint.train.metrics import by_level
 from sana_sprint.train.stage import Metrics, Part, Report, autocast
 from sana_sprint.train.student import Student, with_guidance
 from sana_sprint.train.tangent import make_tangent
 from sana_sprint.trigflow import (
+    T_MAX,
     Denoiser,
+    Velocity,
     add_noise,
     flow_denoiser,
     lognormal_times,
+    to_clean,
     trig_to_flow,
 )
 from sana_sprint.weights import ModelIndex, load_model, resolve_folder, save_model, write_model_index
@@ -82,9 +86,8 @@ class StudentStage:
             model.set_fused_attention(self.device.type != "cpu")
         self.tangent = make_tangent(config.tangent)
         self.student = Student(self.transformer, math.prod(self.cache.shape), learning).to(self.device)
-        self.adversary = config.discriminator and Adversary(
-            config.discriminator, self.teacher, self.draw_times
-        )
+        self.adversary = config.discriminator and Adversary(config.discriminator, self.teacher)
+        self.matching = config.matching and Matching(config.matching, *self.follower())
         if self.adversary:
             self.adversary.discriminator.to(self.device)
 
@@ -92,7 +95,17 @@ class StudentStage:
         """The teacher, the student, and what of the student learns."""
         teacher = self.load_transformer(self.folder)
         student = with_guidance(teacher).to(self.device)
+        if self.config.start is not None:
+            student.load_state_dict(
+                self.load_transformer(resolve_folder(str(self.config.start))).state_dict()
+            )
         return teacher, student, student
+
+    def follower(self) -> tuple[FlowModel, nn.Module]:
+        """The flow model that follows what the student draws, and what of it learns."""
+        assert isinstance(self.teacher, SanaTransformer2DModel)
+        follower = with_guidance(self.teacher).to(self.device)
+        return follower, follower
 
     def load_transformer(self, folder: Path) -> SanaTransformer2DModel:
         """A pipeline folder's, frozen. fp32 under autocast: published weights are bf16, in which residuals and times lose bits."""
@@ -103,9 +116,13 @@ class StudentStage:
 
     @property
     def players(self) -> Mapping[str, nn.Module]:
-        """The student and, in a hybrid run, the discriminator's heads."""
+        """The student and, where the run has these losses, the discriminator's heads and the follower."""
         players: dict[str, nn.Module] = {"student": self.student}
-        return {**players, "discriminator": self.adversary.discriminator} if self.adversary else players
+        if self.adversary:
+            players["discriminator"] = self.adversary.discriminator
+        if self.matching:
+            players["follower"] = self.matching.learning
+        return players
 
     @property
     def data(self) -> Mapping[str, str]:
@@ -113,18 +130,25 @@ class StudentStage:
         return self.cache.facts
 
     def player(self, step: int) -> str:
-        """The student on even steps, the discriminator on odd ones; the student always, if it is alone."""
-        return "discriminator" if self.adversary and step % 2 else "student"
+        """All take turns; the student is first."""
+        names = list(self.players)
+        return names[step % len(names)]
 
     def loss(self, part: Part) -> tuple[Tensor, Metrics]:
         """The step's player's loss on its own batch."""
         with autocast(self.config):
             batch = self._batch(part)
-            if self.adversary and self.player(part.step) == "discriminator":
-                with torch.no_grad():
-                    student = self.denoiser(self._student_context(batch), batch.guidance)
-                return self.adversary.discriminator_loss(student, batch.u0, batch.captioned)
-            return self.student_loss(batch, part.step)
+            player = self.player(part.step)
+            if player == "student":
+                return self.student_loss(batch, part.step)
+            with torch.no_grad():
+                student = self.denoiser(self._student_context(batch), batch.guidance)
+                fake = self.pictures(student, batch.u0)
+            if player == "discriminator":
+                assert self.adversary
+                return self.adversary.discriminator_loss(fake, batch.u0, batch.captioned)
+            assert self.matching
+            return self.matching.follower_loss(fake, self._followed(batch)), {}
 
     def context(
         self, model: FlowModel, embeds: Tensor, mask: Tensor | None, indices: Tensor | None
@@ -173,18 +197,31 @@ class StudentStage:
         context = self._student_context(batch)
         student = self.denoiser(context, batch.guidance)
         loss, metrics = torch.zeros((), device=self.device), Metrics()
-        # First, because of what it computes only the student's pass is kept.
+        # First, because of what these compute only the student's pass is kept.
+        if self.adversary or self.matching:
+            with self._recomputing(self.config.recompute_pictures):
+                fake = self.pictures(student, batch.u0)
         if self.adversary:
-            with self._recomputing(self.adversary.config.recompute):
-                adversarial = self.adversary.student_loss(student, batch.u0, batch.captioned)
+            adversarial = self.adversary.student_loss(fake, batch.captioned)
             loss = loss + self.adversary.config.weight * adversarial
             metrics["adversarial_loss"] = adversarial.item()
+        if self.matching:
+            matching = self.matching.student_loss(fake, self.guided_velocity(batch), self._followed(batch))
+            loss = loss + self.matching.weight(step) * matching
+            metrics["matching_loss"] = matching.item()
         if self.config.scm_weight:
             warmup = min(1.0, step / max(1, self.config.tangent_warmup_steps))
             scm, found = self._scm_loss(student, context, batch, warmup)
             loss = loss + self.config.scm_weight * scm
             metrics |= found
         return loss, metrics
+
+    def pictures(self, student: Denoiser, u0: Tensor) -> Tensor:
+        """What the student draws in one step, a part of them from pure noise (max-time weighting): (B,C,H,W)."""
+        t = self.draw_times(len(u0))
+        t = torch.where(torch.rand(len(u0), device=t.device) < self.config.max_time_rate, T_MAX, t)
+        u = add_noise(u0, torch.randn_like(u0), t)
+        return to_clean(u, student(u, t).float(), t)
 
     @contextmanager
     def _recomputing(self, wanted: bool) -> Iterator[None]:
@@ -202,7 +239,7 @@ class StudentStage:
         t = self.draw_times(len(batch.u0))
         u = add_noise(batch.u0, torch.randn_like(batch.u0), t)
         with torch.no_grad():
-            teacher_F = self.guided_teacher(batch)(u, t).float()
+            teacher_F = flow_denoiser(self.guided_velocity(batch))(u, t).float()
             tangent = self.tangent(self.transformer, context, u, t, teacher_F, batch.guidance)
         F = student(u, t).float()
         logvar = self.student.log_variance(t, batch.guidance)
@@ -236,18 +273,24 @@ class StudentStage:
     def _student_context(self, batch: Batch) -> CaptionContext:
         return self.context(self.transformer, batch.embeddings.embeds, batch.embeddings.mask, batch.indices)
 
-    def guided_teacher(self, batch: Batch) -> Denoiser:
+    def _followed(self, batch: Batch) -> Velocity:
+        """What the student draws, as a flow."""
+        assert self.matching
+        follower = self.matching.follower
+        context = self.context(follower, batch.embeddings.embeds, batch.embeddings.mask, batch.indices)
+        return velocity_of(follower, context, batch.guidance)
+
+    def guided_velocity(self, batch: Batch) -> Velocity:
         """The guided teacher. Guidance is affine in the velocity, so it is the same before and after the transform."""
-        # Here, because the discriminator's steps have no use for it. Bos alone is the empty prompt.
+        # Here, because the other players' steps have no use for it. Bos alone is the empty prompt.
         uncaptioned = self.context(self.teacher, batch.embeddings.embeds[:, :1], None, batch.indices)
-        velocity = guided(
+        return guided(
             velocity_of(self.teacher, batch.captioned),
             velocity_of(self.teacher, uncaptioned),
             batch.guidance,
             projected=self.config.guidance_projected,
             limit=self.config.guidance_limit,
         )
-        return flow_denoiser(velocity)
 
     def denoiser(self, context: CaptionContext, guidance: Tensor) -> Denoiser:
         """The student, told its context and the guidance scales (B,)."""
