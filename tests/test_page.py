@@ -7,7 +7,7 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webdriver import WebDriver
@@ -201,11 +201,32 @@ def test_a_stroke_is_drawn_undone_redone_erased_and_cleared(user: PageUser) -> N
             "const w = document.getElementById('line-width'); w.value = 20; w.dispatchEvent(new Event('input'))"
         )
         stroke(user)
-        user.wait_for(lambda: min(user.pixel()) > 200)
+        # What is left is a blank paper, which no model can follow.
+        user.wait_for(lambda: engine.requests[-1].image is None and user.pixel() == last_color(engine))
+        user.by_id("undo").click()
+        user.wait_for(lambda: is_dark(user))
         user.by_id("clear").click()
         user.wait_for(lambda: engine.requests[-1].image is None)
         assert not user.by_id("clear").is_enabled()
         assert engine.most == 1
+
+
+def test_a_pen_that_only_touches_the_paper_leaves_a_dot(user: PageUser) -> None:
+    """A line without length draws nothing on a canvas, and the model would be sent a blank picture."""
+    engine = FakeEngine(has_control=True)
+    touch = """
+        const pad = document.getElementById("pad");
+        pad.setPointerCapture = () => {};  // this pointer is not real
+        const box = pad.getBoundingClientRect();
+        for (const type of ["pointerdown", "pointermove", "pointermove", "pointerup"])
+          pad.dispatchEvent(new PointerEvent(type, {
+            pointerId: 1, button: 0, clientX: box.left + box.width / 2, clientY: box.top + box.height / 2,
+          }));
+    """
+    with page_server(engine) as address:
+        user.open(address)
+        user.run(touch)
+        user.wait_for(lambda: is_dark(user))
 
 
 def test_the_sketch_is_hidden_where_the_model_has_no_use_for_it(user: PageUser) -> None:
@@ -217,7 +238,8 @@ def test_the_sketch_is_hidden_where_the_model_has_no_use_for_it(user: PageUser) 
 
 
 def test_a_picture_from_outside_goes_onto_the_sketch(user: PageUser, tmp_path: Path) -> None:
-    Image.new("RGB", (50, 50), "black").save(tmp_path / "black.png")
+    framed = ImageOps.expand(Image.new("RGB", (40, 40), "black"), border=5, fill="white")
+    framed.save(tmp_path / "black.png")
     with page_server(FakeEngine(has_control=True)) as address:
         user.open(address)
         user.by_id("file").send_keys(str(tmp_path / "black.png"))

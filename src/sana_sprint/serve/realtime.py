@@ -256,14 +256,15 @@ class _Page:
         try:
             job = self._engine.submit(wanted.request)
             self._running = (wanted.sequence, job)
+            drawn = asyncio.wrap_future(job.future)
             try:
-                await asyncio.wait([asyncio.wrap_future(job.future)])
+                await asyncio.wait([drawn])
             finally:
                 self._running = None
                 job.cancel()  # without effect if it has ended; else the page has gone
-            if job.future.cancelled():
+            if drawn.cancelled():
                 return {"type": "dropped", "sequence": wanted.sequence}, b""
-            result = job.future.result()
+            result = drawn.result()
             return await run_in_threadpool(_picture, wanted, job, result, self._settings.model)
         except Exception as error:
             return _error(wanted.sequence, error), b""

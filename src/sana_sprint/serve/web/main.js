@@ -84,12 +84,14 @@ async function send(sequence) {
   );
 }
 
-/** The sketch as a PNG file's bytes; nothing if it is empty or of no use to the model. */
+/** The sketch as a PNG file's bytes; nothing if all of it is erased, there is none, or the model has no use for it. */
 async function exportSketch(size) {
   if (sketch.isEmpty || welcome.control_kinds.length === 0) return undefined;
   const [width, height] = sides(size);
   const canvas = new OffscreenCanvas(width, height);
   sketch.paint(canvas);
+  const pixels = new Uint32Array(canvas.getContext("2d").getImageData(0, 0, width, height).data.buffer);
+  if (pixels.every((pixel) => pixel === pixels[0])) return undefined;
   return new Uint8Array(await (await canvas.convertToBlob()).arrayBuffer());
 }
 

@@ -108,13 +108,17 @@ export class Sketch extends EventTarget {
 
 function paintStroke(context, { ink, width, points }) {
   const scale = context.canvas.width;
-  context.strokeStyle = ink ? INK : PAPER;
+  context.strokeStyle = context.fillStyle = ink ? INK : PAPER;
   context.lineWidth = width * scale;
   context.lineCap = context.lineJoin = "round";
+  const [start, ...rest] = points.map((point) => point.map((share) => share * scale));
   context.beginPath();
-  context.moveTo(points[0][0] * scale, points[0][1] * scale);
-  for (const [x, y] of points) context.lineTo(x * scale, y * scale); // the first again: a dot is a line too
+  context.moveTo(...start);
+  for (const point of rest) context.lineTo(...point);
   context.stroke();
+  context.beginPath(); // a line without length, of a pen that only touched the paper, would leave no trace
+  context.arc(...start, context.lineWidth / 2, 0, 2 * Math.PI);
+  context.fill();
 }
 
 /** As large as needed to leave no paper, the middle in the middle. */
