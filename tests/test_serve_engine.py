@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import weakref
 from concurrent.futures import CancelledError
@@ -224,8 +225,16 @@ def test_an_idle_model_is_freed_and_comes_back() -> None:
         with engine._changed:  # nothing else tells when it unloads
             assert engine._changed.wait_for(lambda: engine.state == "unloaded", WAIT_S)
         assert loaded[-1]() is None
+        assert gc.get_freeze_count() == 0
         assert len(result_of(engine.submit(ImageRequest("a cat"))).images) == 1
         assert len(loaded) >= 2
+
+
+def test_nothing_looks_through_a_loaded_model_for_garbage() -> None:
+    """Doing so holds up every thread of the server for a quarter of a second."""
+    with running_engine() as engine:
+        result_of(engine.submit(ImageRequest("a cat")))
+        assert gc.get_freeze_count() > 0
 
 
 def test_a_model_that_does_not_load_is_told_and_tried_again() -> None:

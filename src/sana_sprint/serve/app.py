@@ -5,10 +5,12 @@ Handlers never wait for the engine's thread other than by awaiting a job, so `/h
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import anyio.to_thread
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
@@ -32,6 +34,9 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        # A batch's pictures are ready at the same moment. Encoded by as many threads, they would take turns with the
+        # loop's, which then answers late.
+        anyio.to_thread.current_default_thread_limiter().total_tokens = max(2, os.cpu_count() or 1)
         yield
         await run_in_threadpool(engine.close, settings.drain_s)
 

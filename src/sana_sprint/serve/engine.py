@@ -276,12 +276,17 @@ class Engine:
             raise ModelUnavailable(f"the model could not be loaded: {error}") from error
         self._pipelines = loaded if isinstance(loaded, Pipelines) else Pipelines(loaded)
         self.facts = ModelFacts.of(self._pipelines)
+        # Half a million objects of torch and transformers stay: looking through them for garbage would hold up every thread
+        # for a quarter of a second, now and then.
+        gc.collect()
+        gc.freeze()
         self._set_state("ready")
         return self._pipelines
 
     def _unload(self) -> None:
         self._pipelines = None
         self._cache.clear()
+        gc.unfreeze()
         _free_memory()
         self._set_state("unloaded")
 
