@@ -64,11 +64,11 @@ def test_the_kept_prefix_is_not_changed_by_use(encoder):
 
 @torch.no_grad()
 def test_a_batch_shares_the_prefix_without_copies(encoder):
-    from sana_sprint.models.text_encoder import _start_cache
+    from sana_sprint.models.prefix import start_cache
 
     encoder.encode(["a"], complex_human_instruction=INSTRUCTION)
     (prefix,) = encoder._prefixes.values()
-    cache = _start_cache(prefix, 5, batch_size=3)
+    cache = start_cache(prefix, 5, batch_size=3)
     assert cache.get_seq_length() == 5
     for layer, keys, values in zip(cache.layers, prefix.keys, prefix.values, strict=True):
         assert layer.keys.data_ptr() == keys.data_ptr()

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sana_sprint.models.prefix import Prefix, autocast_dtype, run_prefix, start_cache, stored_prefix
 from sana_sprint.prompts import (
     DEFAULT_MAX_SEQUENCE_LENGTH,
     TokenWindow,
@@ -33,7 +34,7 @@ from sana_sprint.prompts import (
 )
 
 if TYPE_CHECKING:
-    from transformers import DynamicCache, Gemma2Model, PreTrainedTokenizerBase
+    from transformers import Gemma2Model, PreTrainedTokenizerBase
 
 MAX_PREFIXES = 4  # instructions remembered; each takes 24 MB with Gemma-2-2b in bf16
 ARCHITECTURES = ("Gemma2Model", "Gemma2ForCausalLM")
@@ -67,15 +68,6 @@ class _Tokens:
     lost: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class _Prefix:
-    """A prefix that has been run: keys and values of each layer (1,heads,P,E), bos's hidden state (1,1,D)."""
-
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
-    bos: Tensor
-
-
 class PromptEncoder:
     """Turns prompts into `PromptEmbeddings` with a tokenizer and a `Gemma2Model`.
 
@@ -92,7 +84,7 @@ class PromptEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, text_encoder: Gemma2Model) -> None:
         self.tokenizer = tokenizer
         self.text_encoder = text_encoder
-        self._prefixes: OrderedDict[object, _Prefix] = OrderedDict()  # least recently used first
+        self._prefixes: OrderedDict[object, Prefix] = OrderedDict()  # least recently used first
         self._fingerprint: object = None
 
     def clear_cache(self) -> None:
@@ -123,7 +115,7 @@ class PromptEncoder:
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"prompts must be a non-empty sequence of strings: {prompts!r}")
         _refuse_fp16(self.text_encoder.dtype)
-        _refuse_fp16(_autocast_dtype(self.text_encoder.device))
+        _refuse_fp16(autocast_dtype(self.text_encoder.device))
         texts = [normalise_prompt(prompt, clean=clean_caption) for prompt in prompts]
         tokens = self._tokenise(texts, join_instruction(complex_human_instruction), max_sequence_length)
         num_tokens = tuple(tokens.window.num_kept(len(row)) for row in tokens.rows)
@@ -178,7 +170,7 @@ class PromptEncoder:
             hidden = model(input_ids=new, use_cache=False).last_hidden_state
             return torch.cat([hidden[:, :1], hidden[:, window.start :]], dim=1)
         prefix = self._prefix(tokens.prefix)
-        cache = _start_cache(prefix, shared, batch_size=len(tokens.rows))
+        cache = start_cache(prefix, shared, batch_size=len(tokens.rows))
         hidden = model(input_ids=new, past_key_values=cache, use_cache=True).last_hidden_state
         bos = prefix.bos.expand(len(tokens.rows), -1, -1)
         return torch.cat([bos, hidden[:, window.start - shared :]], dim=1)
@@ -186,18 +178,18 @@ class PromptEncoder:
     def _may_keep(self) -> bool:
         return not torch.is_grad_enabled() and not self.text_encoder.training
 
-    def _prefix(self, ids: tuple[int, ...]) -> _Prefix:
+    def _prefix(self, ids: tuple[int, ...]) -> Prefix:
         model = self.text_encoder
         if not self._may_keep():
-            return _run_prefix(model, ids)
+            return run_prefix(model, ids)
         fingerprint = _fingerprint(model)
         if fingerprint != self._fingerprint:
             self.clear_cache()
             self._fingerprint = fingerprint
         # Autocast decides the keys' dtype and leaves no trace in the parameters.
-        key = (ids, _autocast_dtype(model.device))
+        key = (ids, autocast_dtype(model.device))
         if key not in self._prefixes:
-            self._prefixes[key] = _run_prefix(model, ids)
+            self._prefixes[key] = stored_prefix(model, ids)
             if len(self._prefixes) > MAX_PREFIXES:
                 self._prefixes.popitem(last=False)
         self._prefixes.move_to_end(key)
@@ -212,34 +204,6 @@ def _num_shared(tokens: _Tokens) -> int:
     """
     columns = zip(tokens.prefix, *tokens.rows, strict=False)
     return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
-
-
-def _run_prefix(model: Gemma2Model, ids: tuple[int, ...]) -> _Prefix:
-    from transformers import DynamicCache
-
-    # Without a config the cache keeps every token, also in the layers with sliding-window attention.
-    cache: Any = DynamicCache()
-    input_ids = torch.tensor([ids], device=model.device)
-    hidden = model(input_ids=input_ids, past_key_values=cache, use_cache=True).last_hidden_state
-    return _Prefix(
-        keys=tuple(layer.keys for layer in cache.layers),
-        values=tuple(layer.values for layer in cache.layers),
-        bos=hidden[:, :1].clone(),  # a view would keep every token's hidden state alive
-    )
-
-
-def _start_cache(prefix: _Prefix, length: int, *, batch_size: int) -> DynamicCache:
-    """A fresh cache that begins with views of the prefix's first tokens; growing, its layers replace them."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer
-
-    cache = DynamicCache()
-    for keys, values in zip(prefix.keys, prefix.values, strict=True):
-        layer: Any = DynamicLayer()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
-        layer.keys = keys[:, :, :length].expand(batch_size, -1, -1, -1)
-        layer.values = values[:, :, :length].expand(batch_size, -1, -1, -1)
-        layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
-        cache.layers.append(layer)
-    return cache
 
 
 def _ignores_cache(model: Gemma2Model) -> bool:
@@ -260,10 +224,6 @@ def _fingerprint(model: nn.Module) -> tuple[object, ...]:
         )
         for parameter in model.parameters()
     )
-
-
-def _autocast_dtype(device: torch.device) -> torch.dtype | None:
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def _refuse_fp16(dtype: torch.dtype | None) -> None:

@@ -1,6 +1,6 @@
 // When a change of the prompt is worth a picture: at the end of a word at once, within a word once the hand rests.
 
-const PAUSE_MS = 100; // a quick hand's keys are closer together; a slow one sees half words, and loses nothing
+const PAUSE_MS = 50; // keys of one burst are closer together; a slower hand sees half words, and loses nothing
 
 /** Milliseconds to wait after this input event. */
 export function typingDelay({ inputType, target }) {

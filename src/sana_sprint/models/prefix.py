@@ -1,0 +1,78 @@
+"""An instruction that has been run: its keys and values, from which every prompt goes on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sana_sprint.models import prefix_store
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, Gemma2Model
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """A prefix that has been run: keys and values of each layer (1,heads,P,E), bos's hidden state (1,1,D)."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    bos: Tensor
+
+
+def run_prefix(model: Gemma2Model, ids: tuple[int, ...]) -> Prefix:
+    """Runs the instruction's tokens."""
+    from transformers import DynamicCache
+
+    # Without a config the cache keeps every token, also in the layers with sliding-window attention.
+    cache: Any = DynamicCache()
+    input_ids = torch.tensor([ids], device=model.device)
+    hidden = model(input_ids=input_ids, past_key_values=cache, use_cache=True).last_hidden_state
+    return Prefix(
+        keys=tuple(layer.keys for layer in cache.layers),
+        values=tuple(layer.values for layer in cache.layers),
+        bos=hidden[:, :1].clone(),  # a view would keep every token's hidden state alive
+    )
+
+
+def stored_prefix(model: Gemma2Model, ids: tuple[int, ...]) -> Prefix:
+    """From the disk, or run and kept there; without gradients only."""
+    name = prefix_store.name_of(model, ids, autocast_dtype(model.device))
+    if name is None:
+        return run_prefix(model, ids)
+    tensors = prefix_store.read(name, model.device)
+    depth = range(model.config.num_hidden_layers)
+    wanted = {"bos", *(f"{kind}.{i}" for kind in ("key", "value") for i in depth)}
+    if tensors is None or tensors.keys() != wanted:
+        prefix = run_prefix(model, ids)
+        tensors = {f"key.{i}": keys for i, keys in enumerate(prefix.keys)}
+        tensors |= {f"value.{i}": values for i, values in enumerate(prefix.values)}
+        prefix_store.write(name, {**tensors, "bos": prefix.bos})
+        return prefix
+    return Prefix(
+        keys=tuple(tensors[f"key.{i}"] for i in depth),
+        values=tuple(tensors[f"value.{i}"] for i in depth),
+        bos=tensors["bos"],
+    )
+
+
+def start_cache(prefix: Prefix, length: int, *, batch_size: int) -> DynamicCache:
+    """A fresh cache that begins with views of the prefix's first tokens; growing, its layers replace them."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    cache = DynamicCache()
+    for keys, values in zip(prefix.keys, prefix.values, strict=True):
+        layer: Any = DynamicLayer()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+        layer.keys = keys[:, :, :length].expand(batch_size, -1, -1, -1)
+        layer.values = values[:, :, :length].expand(batch_size, -1, -1, -1)
+        layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
+        cache.layers.append(layer)
+    return cache
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Autocast's, if it is on."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
