@@ -1,7 +1,8 @@
 """Scores the emoji chain on held-out prompts with the compositional judge: `python -m recipes.emoji.evaluate`.
 
 The student makes every picture through the public pipeline at 1, 2 and 4 steps; its teacher samples with 20 guided
-Euler steps; both get the same noise. The autoencoder is scored by PSNR on unseen scenes.
+Euler steps; both get the same noise. FID is the Frechet distance to real renders of other held-out prompts, in the embedded
+autoencoder's features: it compares with itself only. The autoencoder is scored by PSNR on unseen scenes.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import torch
 from PIL import Image
 
 from recipes.emoji import judge
-from recipes.emoji.scenes import Scene, render
+from recipes.emoji.scenes import SIZE, Scene, render
 from sana_sprint import SanaSprintPipeline
 from sana_sprint.evaluate.compositional import draw, score, table
+from sana_sprint.evaluate.features import dcae_features, features_of
+from sana_sprint.evaluate.frechet import distance, fit
 from sana_sprint.images import to_pil
 from sana_sprint.models.autoencoder import AutoencoderDC
 from sana_sprint.models.text_encoder import PromptEncoder, load_text_encoder, load_tokenizer
@@ -47,21 +50,27 @@ def main() -> None:
     scenes = judge.evaluation_scenes(arguments.count)
     captions = [scene.caption for scene in scenes]
     rows: dict[str, dict[str, float]] = {}
+    drawn: dict[str, list[Image.Image]] = {}
     if arguments.teacher:
         pictures = teacher_pictures(arguments.teacher, scenes, arguments.guidance, arguments.teacher_steps)
         name = f"teacher, {arguments.teacher_steps} guided steps"
         rows[name] = score(judge, pictures, scenes, name="teacher", folder=arguments.out)
+        drawn[name] = pictures
     pipeline = SanaSprintPipeline.from_pretrained(arguments.model, torch_dtype=torch.bfloat16)
     pipeline.set_progress_bar_config(disable=True)
     for steps in (1, 2, 4):
         pictures = draw(pipeline, captions, num_steps=steps, guidance=arguments.guidance)
         name = f"student, {steps} step{'s' * (steps > 1)}"
         rows[name] = score(judge, pictures, scenes, name=f"student{steps}", folder=arguments.out)
+        drawn[name] = pictures
+    distances = fid(pipeline.vae, drawn, arguments.count)
     psnr = autoencoder_psnr(pipeline.vae)
 
     print(table(rows))
+    for name, value in distances.items():
+        print(f"FID of {name}: {value:.2f}")
     print(f"autoencoder: {psnr:.2f} dB on 300 unseen scenes")
-    print(json.dumps({"count": len(scenes), "autoencoder_psnr": psnr, **rows}))
+    print(json.dumps({"count": len(scenes), "autoencoder_psnr": psnr, "fid": distances, **rows}))
 
 
 @torch.no_grad()
@@ -97,6 +106,17 @@ def teacher_pictures(folder: Path, scenes: list[Scene], guidance: float, steps: 
             latent = sample_flow(velocity, noise, num_steps=steps)
             pictures += to_pil(autoencoder.decode(latent / autoencoder.config.scaling_factor).float())
     return pictures
+
+
+def fid(autoencoder: AutoencoderDC, drawn: dict[str, list[Image.Image]], count: int) -> dict[str, float]:
+    """Each set's distance to four times as many real pictures, of none of its own prompts but of as many of each task."""
+    extract = dcae_features(autoencoder)
+    real = [render(scene) for scene in judge.evaluation_scenes(5 * count)[count:]]
+    wanted = fit(features_of(real, extract, size=SIZE))
+    return {
+        name: distance(fit(features_of(pictures, extract, size=SIZE)), wanted)
+        for name, pictures in drawn.items()
+    }
 
 
 @torch.no_grad()
