@@ -1,7 +1,7 @@
 """The paper's ablations in small: `python -m recipes.emoji.ablations` trains every variant and writes docs/ablations.md.
 
-Every variant is recipes/emoji/student.toml with a few values changed, of the same length, with several seeds; those of
-`ablated_teachers` are teachers. Finished runs are kept in the output folder, and a run that was stopped continues, so the command
+Every variant is recipes/emoji/student.toml without distribution matching, which is not the paper's, and with a few values changed.
+All have as many steps of the student, and several seeds; those of `ablated_teachers` are teachers. Finished runs are kept in the output folder, and a run that was stopped continues, so the command
 can be stopped and given again. Scores are of one step and, as in the paper's ablations, of two steps from pi/2 by way of 1.0.
 """
 
@@ -54,8 +54,24 @@ class Variant:
 def _without_discriminator(values: Values) -> None:
     """With as many steps of the student: beside a discriminator only every other step is the student's."""
     del values["discriminator"]
-    values["schedule"]["steps"] //= 2
-    values["tangent_warmup_steps"] //= 2
+    _lengthen(values, 1, 2)
+
+
+def _with_matching(values: Values) -> None:
+    """The recipe's own; a third player's steps come on top."""
+    values["matching"] = tomllib.loads(RECIPE.read_text(encoding="utf-8"))["matching"]
+    _lengthen(values, 3, 2)
+
+
+def _matching_for_discriminator(values: Values) -> None:
+    _with_matching(values)
+    del values["discriminator"]
+    _lengthen(values, 2, 3)
+
+
+def _lengthen(values: Values, times: int, parts: int) -> None:
+    values["schedule"]["steps"] = values["schedule"]["steps"] * times // parts
+    values["tangent_warmup_steps"] = values["tangent_warmup_steps"] * times // parts
 
 
 def _weigh(values: Values, factor: float) -> None:
@@ -69,6 +85,8 @@ VARIANTS = (
     Variant("one guidance scale", lambda values: values.update(guidance_scales=[GUIDANCE])),
     Variant("twice the weight", lambda values: _weigh(values, 2.0)),
     Variant("a fifth of the weight", lambda values: _weigh(values, 0.2)),
+    Variant("with matching", _with_matching),
+    Variant("matching for the adversarial loss", _matching_for_discriminator),
     Variant("max-time 0%", lambda values: values.update(max_time_rate=0.0)),
     Variant("max-time 70%", lambda values: values.update(max_time_rate=0.7)),
 )
@@ -109,6 +127,7 @@ def main() -> None:
 def run_values(variant: Variant, seed: int, teacher: Path, output: Path, steps: int) -> Values:
     """What the variant's stage file says."""
     values = copy.deepcopy(tomllib.loads(RECIPE.read_text(encoding="utf-8")))
+    del values["matching"]
     values.update(stage="student", seed=seed, teacher=str(teacher), output=str(output))
     values["tangent_warmup_steps"] = min(values["tangent_warmup_steps"], steps // 4)
     values["schedule"].update(steps=steps, sample_every=steps, save_every=max(1, steps // 4))
