@@ -1,7 +1,6 @@
 """The paper's ablations in small: `python -m recipes.emoji.ablations` trains every variant and writes docs/ablations.md.
 
-Every variant is recipes/emoji/student.toml without distribution matching, which is not the paper's, and with a few values changed.
-All have as many steps of the student, and several seeds; those of `ablated_teachers` are teachers. Finished runs are kept in the output folder, and a run that was stopped continues, so the command
+Every variant is recipes/emoji/student.toml with a few values changed. All have as many steps of the student, and several seeds; those of `ablated_teachers` are teachers. Finished runs are kept in the output folder, and a run that was stopped continues, so the command
 can be stopped and given again. Scores are of one step and, as in the paper's ablations, of two steps from pi/2 by way of 1.0.
 """
 
@@ -23,6 +22,7 @@ from recipes.emoji.ablation_runs import kept, letters, log_of, to_toml
 from recipes.emoji.ablation_tables import BASELINE, document
 
 RECIPE = Path(__file__).with_name("student.toml")
+MATCHING = RECIPE.with_name("student-matching.toml")
 DOCUMENT = Path("docs/ablations.md")
 GUIDANCE = 4.5
 MIDDLE_TIME = 1.0  # of the paper's ablations
@@ -58,8 +58,8 @@ def _without_discriminator(values: Values) -> None:
 
 
 def _with_matching(values: Values) -> None:
-    """The recipe's own; a third player's steps come on top."""
-    values["matching"] = tomllib.loads(RECIPE.read_text(encoding="utf-8"))["matching"]
+    """The third player's steps come on top."""
+    values["matching"] = tomllib.loads(MATCHING.read_text(encoding="utf-8"))["matching"]
     _lengthen(values, 3, 2)
 
 
@@ -127,7 +127,6 @@ def main() -> None:
 def run_values(variant: Variant, seed: int, teacher: Path, output: Path, steps: int) -> Values:
     """What the variant's stage file says."""
     values = copy.deepcopy(tomllib.loads(RECIPE.read_text(encoding="utf-8")))
-    del values["matching"]
     values.update(stage="student", seed=seed, teacher=str(teacher), output=str(output))
     values["tangent_warmup_steps"] = min(values["tangent_warmup_steps"], steps // 4)
     values["schedule"].update(steps=steps, sample_every=steps, save_every=max(1, steps // 4))
