@@ -1,7 +1,8 @@
 """The paper's ablations in small: `python -m recipes.emoji.ablations` trains every variant and writes docs/ablations.md.
 
-Every variant is recipes/emoji/student.toml with a few values changed. All have as many steps of the student, and several seeds; those of `ablated_teachers` are teachers. Finished runs are kept in the output folder, and a run that was stopped continues, so the command
-can be stopped and given again. Scores are of one step and, as in the paper's ablations, of two steps from pi/2 by way of 1.0.
+Every variant is recipes/emoji/student.toml with a few values changed. All have as many steps of the student, and several
+seeds; those of `ablated_teachers` are teachers. Finished runs are kept in the output folder, and a run that was stopped
+continues, so the command can be stopped and given again. Scores are of one step and, as in the paper's ablations, of two steps from pi/2 by way of 1.0.
 """
 
 from __future__ import annotations
