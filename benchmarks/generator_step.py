@@ -47,7 +47,7 @@ from sana_sprint.train.config import StudentRun
 from sana_sprint.train.student import Student, with_guidance
 from sana_sprint.train.student_stage import Batch, StudentStage
 from sana_sprint.train.tangent import make_tangent
-from sana_sprint.trigflow import add_noise, lognormal_times
+from sana_sprint.trigflow import add_noise, flow_denoiser, lognormal_times
 
 SIDES = ("ours", "script", "corrected")
 TOKENS = 300  # positions of the script's captions
@@ -178,7 +178,7 @@ class Ours:
         """The guided teacher's F and the scaled tangent of the student."""
         batch, stage = self.batch(), self.stage
         with torch.no_grad():
-            teacher_F = stage.guided_teacher(replace(batch, guidance=guidance))(u, t)
+            teacher_F = flow_denoiser(stage.guided_velocity(replace(batch, guidance=guidance)))(u, t)
             context = stage.transformer.encode_caption(batch.embeddings.embeds, batch.embeddings.mask)
             return teacher_F, stage.tangent(stage.transformer, context, u, t, teacher_F, guidance)
 

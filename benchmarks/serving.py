@@ -3,9 +3,9 @@
     python benchmarks/serving.py --clients 64 --seconds 60
 
 Starts `sana-sprint serve` itself, in a process of its own. Each client asks for one picture after the other; refused
-with 429 it waits as long as Retry-After says. Meanwhile another process asks `/health` every 100 ms, as a monitor would. Then the same closed loop of a
-few clients runs against a server that draws together (`--max-batch`) and one that draws one at a time. Prints a table
-and one line of JSON.
+with 429 it waits as long as Retry-After says. Meanwhile another process asks `/health` every 100 ms, as a monitor would.
+Then the same closed loop of a few clients runs against a server that draws together (`--max-batch`) and one that draws
+one at a time. Prints a table and one line of JSON.
 """
 
 from __future__ import annotations

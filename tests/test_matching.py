@@ -149,3 +149,9 @@ def test_a_student_goes_on_from_a_folder(tmp_path: Path) -> None:
     assert not torch.equal(saved, fresh)
     exported = started.load_transformer(folder / "student" / "final")  # type: ignore[attr-defined]
     assert torch.equal(saved, torch.cat([p.flatten() for p in exported.parameters()]))
+
+
+def test_the_follower_saves_memory_as_the_others_do(tmp_path: Path) -> None:
+    values = {**matching_run(tmp_path, chain() / "teacher" / "final"), "gradient_checkpointing": True}
+    stage = make(parse(values))
+    assert stage.matching.follower.gradient_checkpointing  # type: ignore[attr-defined]

@@ -160,24 +160,23 @@ def _score(folder: Path, count: int) -> Values:
     import numpy as np
     import torch
 
+    from recipes.emoji.evaluate import fid
     from recipes.emoji.judge import evaluation_scenes, judge_many, summarize
-    from recipes.emoji.scenes import SIZE, render, sample_scene
+    from recipes.emoji.scenes import render, sample_scene
     from sana_sprint import SanaSprintPipeline
     from sana_sprint.evaluate.compositional import draw
-    from sana_sprint.evaluate.features import dcae_features, features_of
-    from sana_sprint.evaluate.frechet import distance, fit
 
     pipeline = SanaSprintPipeline.from_pretrained(folder / "final", torch_dtype=torch.bfloat16)
     pipeline.set_progress_bar_config(disable=True)
     scenes = evaluation_scenes(count)
-    extract = dcae_features(pipeline.vae)
-    real = fit(features_of([render(sample_scene(i)) for i in range(4 * count)], extract, size=SIZE))
     scores: Values = {}
+    drawn = {}
     captions = [scene.caption for scene in scenes]
     for steps, middle_time in ((1, None), (2, MIDDLE_TIME)):
         pictures = draw(pipeline, captions, num_steps=steps, guidance=GUIDANCE, middle_time=middle_time)
         scores[f"judge{steps}"] = summarize(judge_many(pictures, scenes), scenes)["overall"]
-        scores[f"fid{steps}"] = distance(fit(features_of(pictures, extract, size=SIZE)), real)
+        drawn[f"fid{steps}"] = pictures
+    scores |= fid(pipeline.vae, drawn, [render(sample_scene(i)) for i in range(4 * count)])
     scores["grad_norm"] = float(np.median([norm for _, norm in log_of(folder, "grad_norm")]))
     return scores
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,9 @@ def main() -> None:
         name = f"student, {steps} step{'s' * (steps > 1)}"
         rows[name] = score(judge, pictures, scenes, name=f"student{steps}", folder=arguments.out)
         drawn[name] = pictures
-    distances = fid(pipeline.vae, drawn, arguments.count)
+    # As many of each task as were drawn, none of them drawn.
+    real = [render(scene) for scene in judge.evaluation_scenes(5 * arguments.count)[arguments.count :]]
+    distances = fid(pipeline.vae, drawn, real)
     psnr = autoencoder_psnr(pipeline.vae)
 
     print(table(rows))
@@ -108,10 +111,11 @@ def teacher_pictures(folder: Path, scenes: list[Scene], guidance: float, steps: 
     return pictures
 
 
-def fid(autoencoder: AutoencoderDC, drawn: dict[str, list[Image.Image]], count: int) -> dict[str, float]:
-    """Each set's distance to four times as many real pictures, of none of its own prompts but of as many of each task."""
+def fid(
+    autoencoder: AutoencoderDC, drawn: Mapping[str, Sequence[Image.Image]], real: Sequence[Image.Image]
+) -> dict[str, float]:
+    """The Frechet distance of each set to real pictures, in the autoencoder's features."""
     extract = dcae_features(autoencoder)
-    real = [render(scene) for scene in judge.evaluation_scenes(5 * count)[count:]]
     wanted = fit(features_of(real, extract, size=SIZE))
     return {
         name: distance(fit(features_of(pictures, extract, size=SIZE)), wanted)

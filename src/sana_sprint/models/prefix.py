@@ -44,19 +44,12 @@ def stored_prefix(model: Gemma2Model, ids: tuple[int, ...]) -> Prefix:
     if name is None:
         return run_prefix(model, ids)
     tensors = prefix_store.read(name, model.device)
-    depth = range(model.config.num_hidden_layers)
-    wanted = {"bos", *(f"{kind}.{i}" for kind in ("key", "value") for i in depth)}
-    if tensors is None or tensors.keys() != wanted:
+    if tensors is None or tensors.keys() != {"keys", "values", "bos"}:
         prefix = run_prefix(model, ids)
-        tensors = {f"key.{i}": keys for i, keys in enumerate(prefix.keys)}
-        tensors |= {f"value.{i}": values for i, values in enumerate(prefix.values)}
-        prefix_store.write(name, {**tensors, "bos": prefix.bos})
+        layers = {"keys": torch.stack(prefix.keys), "values": torch.stack(prefix.values)}
+        prefix_store.write(name, {**layers, "bos": prefix.bos})
         return prefix
-    return Prefix(
-        keys=tuple(tensors[f"key.{i}"] for i in depth),
-        values=tuple(tensors[f"value.{i}"] for i in depth),
-        bos=tensors["bos"],
-    )
+    return Prefix(tensors["keys"].unbind(), tensors["values"].unbind(), tensors["bos"])
 
 
 def start_cache(prefix: Prefix, length: int, *, batch_size: int) -> DynamicCache:

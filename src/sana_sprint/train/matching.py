@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sana_sprint.train.conditioning import FlowModel
 from sana_sprint.train.config import MatchingConfig
 from sana_sprint.train.flow import flow_loss, logit_normal_times
+from sana_sprint.train.optim import warmed_up
 from sana_sprint.trigflow import Velocity, expand_like
 
 
@@ -49,7 +50,7 @@ class Matching:
 
     def weight(self, step: int) -> float:
         """The loss's factor at a step: it grows from 0 while the follower learns whom it follows."""
-        return self.config.weight * min(1.0, step / max(1, self.config.warmup_steps))
+        return self.config.weight * warmed_up(step, self.config.warmup_steps)
 
     def _times(self, like: Tensor) -> Tensor:
         times = logit_normal_times(len(like), mean=self.config.time_mean, std=self.config.time_std)

@@ -53,6 +53,11 @@ def rate(step: int, num_steps: int, config: OptimizerConfig) -> float:
     return warmup * (left if config.decay == "linear" else 0.5 - 0.5 * math.cos(math.pi * left))
 
 
+def warmed_up(step: int, warmup_steps: int) -> float:
+    """A factor that grows from 0 to 1 over so many steps, and stays."""
+    return min(1.0, step / max(1, warmup_steps))
+
+
 def set_rate(optimizers: Sequence[Optimizer], base_rates: Sequence[float], multiplier: float) -> None:
     """Sets every group's rate to its optimiser's base rate times the multiplier."""
     for optimizer, base in zip(optimizers, base_rates, strict=True):

@@ -30,6 +30,7 @@ from sana_sprint.train.latents import latents_of_run
 from sana_sprint.train.losses import consistency_target, direction_norm, scm_loss
 from sana_sprint.train.matching import Matching
 from sana_sprint.train.metrics import by_level
+from sana_sprint.train.optim import warmed_up
 from sana_sprint.train.stage import Metrics, Part, Report, autocast
 from sana_sprint.train.student import Student, with_guidance
 from sana_sprint.train.tangent import make_tangent
@@ -79,15 +80,16 @@ class StudentStage:
         )
         self.embed = frozen_embed(config, self.encoder, self.cache.captions, report=report)
         self.teacher, self.transformer, learning = self.models()
-        for model in (self.teacher, self.transformer):
+        self.adversary = config.discriminator and Adversary(config.discriminator, self.teacher)
+        self.matching = config.matching and Matching(config.matching, *self.follower())
+        followers = (self.matching.follower,) if self.matching else ()
+        for model in (self.teacher, self.transformer, *followers):
             # The teacher's too: the adversarial loss goes back through it.
             model.gradient_checkpointing = config.gradient_checkpointing
             # On a CPU the fused kernel's backward pass is slower than the plain one (docs/log.md).
             model.set_fused_attention(self.device.type != "cpu")
         self.tangent = make_tangent(config.tangent)
         self.student = Student(self.transformer, math.prod(self.cache.shape), learning).to(self.device)
-        self.adversary = config.discriminator and Adversary(config.discriminator, self.teacher)
-        self.matching = config.matching and Matching(config.matching, *self.follower())
         if self.adversary:
             self.adversary.discriminator.to(self.device)
 
@@ -195,7 +197,7 @@ class StudentStage:
     def student_loss(self, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
         """Weighted sum of the losses; one of them may be absent."""
         context = self._student_context(batch)
-        student = self.denoiser(context, batch.guidance)
+        student, teacher = self.denoiser(context, batch.guidance), self.guided_velocity(batch)
         loss, metrics = torch.zeros((), device=self.device), Metrics()
         # First, because of what these compute only the student's pass is kept.
         if self.adversary or self.matching:
@@ -206,12 +208,14 @@ class StudentStage:
             loss = loss + self.adversary.config.weight * adversarial
             metrics["adversarial_loss"] = adversarial.item()
         if self.matching:
-            matching = self.matching.student_loss(fake, self.guided_velocity(batch), self._followed(batch))
+            with torch.no_grad():  # it says where to, and does not learn from that
+                follower = self._followed(batch)
+            matching = self.matching.student_loss(fake, teacher, follower)
             loss = loss + self.matching.weight(step) * matching
             metrics["matching_loss"] = matching.item()
         if self.config.scm_weight:
-            warmup = min(1.0, step / max(1, self.config.tangent_warmup_steps))
-            scm, found = self._scm_loss(student, context, batch, warmup)
+            warmup = warmed_up(step, self.config.tangent_warmup_steps)
+            scm, found = self._scm_loss(student, teacher, context, batch, warmup)
             loss = loss + self.config.scm_weight * scm
             metrics |= found
         return loss, metrics
@@ -234,12 +238,12 @@ class StudentStage:
             self.transformer.gradient_checkpointing = before
 
     def _scm_loss(
-        self, student: Denoiser, context: CaptionContext, batch: Batch, warmup: float
+        self, student: Denoiser, teacher: Velocity, context: CaptionContext, batch: Batch, warmup: float
     ) -> tuple[Tensor, Metrics]:
         t = self.draw_times(len(batch.u0))
         u = add_noise(batch.u0, torch.randn_like(batch.u0), t)
         with torch.no_grad():
-            teacher_F = flow_denoiser(self.guided_velocity(batch))(u, t).float()
+            teacher_F = flow_denoiser(teacher)(u, t).float()
             tangent = self.tangent(self.transformer, context, u, t, teacher_F, batch.guidance)
         F = student(u, t).float()
         logvar = self.student.log_variance(t, batch.guidance)
