@@ -100,7 +100,7 @@ def chain() -> Path:
     train(autoencoder_run(folder / "autoencoder"))
     train(teacher_run(folder / "teacher", folder / "autoencoder" / "final"))
     train(adaptation_run(folder / "adaptation", folder / "teacher" / "final"))
-    train(matching_run(folder / "student", folder / "teacher" / "final"))
+    train(full_run(folder / "student", folder / "teacher" / "final"))
     train(control_teacher_run(folder / "control-teacher", folder))
     train(control_student_run(folder / "control-student", folder))
     return folder
@@ -195,10 +195,20 @@ def hybrid_run(output: Path, teacher: Path, *, steps: int = 4, **discriminator: 
     return {**student_run(output, teacher, steps=steps), "discriminator": heads}
 
 
-def matching_run(output: Path, teacher: Path, *, steps: int = 4) -> dict[str, Any]:
+def full_run(output: Path, teacher: Path, *, steps: int = 4) -> dict[str, Any]:
     """A student with every loss there is."""
     run = hybrid_run(output, teacher, steps=steps, r1_weight=0.1)
-    return {**run, "matching": {"optimizer": {"warmup_steps": 0}}}
+    return {
+        **run,
+        "matching": {"optimizer": {"warmup_steps": 0}},
+        "trajectories": {"count": 24, "num_steps": 2},
+    }
+
+
+def trajectories_run(output: Path, teacher: Path, *, steps: int = 4) -> dict[str, Any]:
+    """A student that learns from its teacher's trajectories alone."""
+    run = student_run(output, teacher, steps=steps)
+    return {**run, "scm_weight": 0.0, "trajectories": {"count": 24, "num_steps": 3, "noise_rate": 0.25}}
 
 
 def control_teacher_run(output: Path, chain: Path, *, steps: int = 3) -> dict[str, Any]:
@@ -218,7 +228,7 @@ def control_teacher_run(output: Path, chain: Path, *, steps: int = 3) -> dict[st
 def control_student_run(output: Path, chain: Path, *, steps: int = 4) -> dict[str, Any]:
     """A branch for the student of a chain, from its control-teacher run."""
     return {
-        **matching_run(output, chain / "teacher" / "final", steps=steps),
+        **full_run(output, chain / "teacher" / "final", steps=steps),
         "stage": "control-student",
         "student": str(chain / "student" / "final"),
         "controlnet": str(chain / "control-teacher" / "final" / "controlnet"),

@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 
 from tests._cli import assert_refused, call, succeed
-from tests._training import autoencoder_run, chain, control_teacher_run, make, parse, student_run, teacher_run
+from tests._training import (
+    autoencoder_run,
+    chain,
+    control_student_run,
+    control_teacher_run,
+    make,
+    parse,
+    student_run,
+    teacher_run,
+    trajectories_run,
+)
 
 UNUSED, UNFINISHED, YOUNG = "0" * 32 + ".safetensors", "a" * 32 + ".partial-12", "b" * 32 + ".partial-13"
 
@@ -80,3 +90,22 @@ def test_wrong_calls_are_refused(folder: Path, tmp_path: Path) -> None:
     (folder / "elsewhere.json").write_text(json.dumps(elsewhere))
     assert_refused(call("data", "prune", *keeping(folder, "elsewhere")), 1, "has its caches in /elsewhere")
     assert files(folder) == before
+
+
+def test_trajectories_stay_with_the_runs_that_read_them(tmp_path: Path) -> None:
+    made = chain()
+    runs = {
+        "plain": trajectories_run(tmp_path / "plain", made / "teacher" / "final"),
+        "steered": control_student_run(tmp_path / "steered", made),
+    }
+    for name, values in runs.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(values))
+        make(parse(values))
+    before = set((tmp_path / "trajectories").iterdir())
+    assert len(before) == 2  # one for each run
+    succeed("data", "prune", *keeping(tmp_path, "plain", "steered"))
+    assert set((tmp_path / "trajectories").iterdir()) == before
+    succeed("data", "prune", *keeping(tmp_path, "steered"))
+    (left,) = (tmp_path / "trajectories").iterdir()
+    assert make(parse(runs["steered"])).trajectories  # type: ignore[attr-defined]
+    assert set((tmp_path / "trajectories").iterdir()) == {left}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from _training import chain, make, matching_run, parse, student_run
+from _training import chain, full_run, make, parse, student_run
 from torch import nn
 
 from sana_sprint.train.config import MatchingConfig
@@ -94,7 +94,7 @@ def test_the_weight_grows_while_the_follower_learns() -> None:
 
 
 def test_three_players_take_turns_and_the_follower_learns_the_students_pictures(tmp_path: Path) -> None:
-    stage = make(parse(matching_run(tmp_path, chain() / "teacher" / "final")))
+    stage = make(parse(full_run(tmp_path, chain() / "teacher" / "final")))
     learner = Learner(stage, stage.config)  # type: ignore[attr-defined]
     moved = []
     for step in range(3):
@@ -111,8 +111,8 @@ def test_three_players_take_turns_and_the_follower_learns_the_students_pictures(
 
 
 def test_matching_alone_reaches_every_part_of_the_student(tmp_path: Path) -> None:
-    values = matching_run(tmp_path, chain() / "teacher" / "final")
-    del values["discriminator"]
+    values = full_run(tmp_path, chain() / "teacher" / "final")
+    del values["discriminator"], values["trajectories"]
     values["matching"]["warmup_steps"] = 0
     stage = make(parse({**values, "scm_weight": 0.0}))
     # A follower that knows better than the student, or both agree and nothing moves.
@@ -152,6 +152,6 @@ def test_a_student_goes_on_from_a_folder(tmp_path: Path) -> None:
 
 
 def test_the_follower_saves_memory_as_the_others_do(tmp_path: Path) -> None:
-    values = {**matching_run(tmp_path, chain() / "teacher" / "final"), "gradient_checkpointing": True}
+    values = {**full_run(tmp_path, chain() / "teacher" / "final"), "gradient_checkpointing": True}
     stage = make(parse(values))
     assert stage.matching.follower.gradient_checkpointing  # type: ignore[attr-defined]

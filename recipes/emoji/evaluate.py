@@ -105,6 +105,7 @@ def teacher_pictures(folder: Path, scenes: list[Scene], guidance: float, steps: 
                 guidance,
                 projected=recipe.guidance_projected,
                 limit=recipe.guidance_limit,
+                start=recipe.guidance_from,
             )
             latent = sample_flow(velocity, noise, num_steps=steps)
             pictures += to_pil(autoencoder.decode(latent / autoencoder.config.scaling_factor).float())

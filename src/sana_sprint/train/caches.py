@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from sana_sprint.models.autoencoder import AutoencoderDC
+from sana_sprint.models.controlnet import SanaControlNetModel
 from sana_sprint.models.text_encoder import PromptEncoder, load_text_encoder, load_tokenizer
+from sana_sprint.models.transformer import SanaTransformer2DModel
 from sana_sprint.train.conditioning import FrozenTextRun, instructions
 from sana_sprint.train.config import (
     AnyRun,
     AutoencoderRun,
     ControlStudentRun,
     ControlTeacherRun,
+    StudentRun,
     TeacherRun,
 )
 from sana_sprint.train.control import ConditionSource
 from sana_sprint.train.data import open_source
 from sana_sprint.train.embeddings import embedding_files
-from sana_sprint.train.latents import captions_of, latent_files
+from sana_sprint.train.latents import captions_of, latent_facts, latent_files
+from sana_sprint.train.trajectories import trajectory_files, trajectory_settings
 from sana_sprint.weights import load_model, resolve_folder
 
-FOLDERS = ("latents", "embeddings")
+FOLDERS = ("latents", "embeddings", "trajectories")
 _PART = re.compile(r"[0-9a-f]{32}\.safetensors")
 _UNFINISHED = re.compile(r"[0-9a-f]{32}\.partial-\d+")
 _ABANDONED = 24 * 3600  # seconds since the last write, after which nobody is finishing a file
@@ -70,12 +75,14 @@ def files_of_run(config: AnyRun, folder: Path) -> list[Path]:
     if isinstance(config, TeacherRun):
         return latents
     texts = _text_files(config, folder, latents, models) if config.cache_text else []
+    facts = latent_facts(source, data.num_samples, autoencoder, data.size)
     name = _condition(config)
-    if name is None:
-        return latents + texts
-    multiple = autoencoder.spatial_compression_ratio
-    conditions = ConditionSource(source, name, size=data.size, multiple=multiple)
-    return latents + texts + latent_files(folder, conditions, data.num_samples, autoencoder)
+    if name is not None:
+        multiple = autoencoder.spatial_compression_ratio
+        conditions = ConditionSource(source, name, size=data.size, multiple=multiple)
+        latents += latent_files(folder, conditions, data.num_samples, autoencoder)
+        facts["conditions"] = str(latent_facts(conditions, data.num_samples, autoencoder))
+    return latents + texts + _trajectory_files(config, folder, models, facts)
 
 
 def _text_files(config: FrozenTextRun, folder: Path, latents: list[Path], models: Path) -> list[Path]:
@@ -93,6 +100,21 @@ def _text_files(config: FrozenTextRun, folder: Path, latents: list[Path], models
         for instruction in instructions(config).values()
         for path in embedding_files(folder, captions, encoder, instruction=instruction)
     ]
+
+
+def _trajectory_files(
+    config: FrozenTextRun, folder: Path, models: Path, latents: Mapping[str, str]
+) -> list[Path]:
+    if not isinstance(config, StudentRun) or config.trajectories is None:
+        return []
+    teacher: list[nn.Module] = [
+        load_model(SanaTransformer2DModel, models / "transformer", dtype=torch.float32)
+    ]
+    if isinstance(config, ControlStudentRun):
+        teacher.append(load_model(SanaControlNetModel, config.controlnet, dtype=torch.float32))
+    text_encoder = load_text_encoder(models / "text_encoder")
+    settings = trajectory_settings(config, latents, text_encoder, *teacher)
+    return trajectory_files(folder, config.trajectories, settings)
 
 
 def _condition(config: FrozenTextRun) -> str | None:

@@ -225,6 +225,20 @@ class MatchingConfig(_Section):
     optimizer: OptimizerConfig
 
 
+class TrajectoriesConfig(_Section):
+    """The teacher's trajectories as examples: see `trajectories.py`."""
+
+    # How many are computed before the run and kept on disk, each of so many Euler steps with guidance.
+    count: int = Field(ge=1)
+    num_steps: int = Field(default=16, ge=1)
+    # Factor of the loss beside the consistency loss.
+    weight: float = Field(default=1.0, gt=0)
+    # Part of the trajectories that start from pure noise; the others start from noised pictures.
+    noise_rate: float = Field(default=0.5, ge=0, le=1)
+    # Part of the visits that are to a trajectory's start; the others are to any of its points.
+    start_rate: float = Field(default=0.3, ge=0, le=1)
+
+
 class StudentRun(_Run):
     """Distils a teacher run into a student for few steps: consistency loss (sCM), adversarial loss (LADD), or more of them."""
 
@@ -241,6 +255,7 @@ class StudentRun(_Run):
     scm_weight: float = Field(default=1.0, ge=0)
     discriminator: DiscriminatorConfig | None = None
     matching: MatchingConfig | None = None
+    trajectories: TrajectoriesConfig | None = None
     # Part of the pictures that the student draws in one step for these two losses which start from pure noise (the
     # paper's max-time weighting).
     max_time_rate: float = Field(default=0.5, ge=0, le=1)
@@ -252,6 +267,7 @@ class StudentRun(_Run):
     # How the teacher is guided: see `flow.guided`.
     guidance_projected: bool = False
     guidance_limit: float = Field(default=math.inf, gt=0)
+    guidance_from: float = Field(default=0.0, ge=0, lt=1)
     # How dF/dt is computed: see `tangent.make_tangent`.
     tangent: Literal["dual", "jvp", "difference"] = "dual"
     # Steps, of both players, over which the tangent's weight r grows from 0 to 1.
@@ -262,9 +278,9 @@ class StudentRun(_Run):
 
     @model_validator(mode="after")
     def _has_a_loss(self) -> StudentRun:
-        if not self.scm_weight and self.discriminator is None and self.matching is None:
+        if not self.scm_weight and not any((self.discriminator, self.matching, self.trajectories)):
             raise ValueError(
-                "scm_weight is 0, and there is no [discriminator] and no [matching]: nothing to learn from"
+                "scm_weight is 0, and there is no [discriminator], [matching] or [trajectories]: nothing to learn from"
             )
         return self
 

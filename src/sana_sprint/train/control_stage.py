@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ from sana_sprint.train.latents import LatentCache, cached_latents
 from sana_sprint.train.stage import Metrics, Report
 from sana_sprint.train.student import with_guidance
 from sana_sprint.train.student_stage import StudentStage
+from sana_sprint.train.trajectories import trajectory_settings
 from sana_sprint.trigflow import Velocity
 from sana_sprint.weights import load_model, resolve_folder, save_model
 
@@ -150,12 +152,11 @@ class ControlStudentStage(StudentStage):
 
     config: ControlStudentRun
 
-    def __init__(self, config: ControlStudentRun, *, report: Report) -> None:
-        super().__init__(config, report=report)
-        self.conditions = Conditions(config, config.condition, self.cache, self.autoencoder, report=report)
-
     def models(self) -> tuple[FlowModel, FlowModel, nn.Module]:
         """The steered teacher, the steered student, and the student's branch."""
+        self.conditions = Conditions(
+            self.config, self.config.condition, self.cache, self.autoencoder, report=self.report
+        )
         teacher = self.load_transformer(self.folder)
         self.student_folder = resolve_folder(str(self.config.student))
         student = self.load_transformer(self.student_folder)
@@ -169,6 +170,14 @@ class ControlStudentStage(StudentStage):
             ControlledTransformer(student, branches[1].train()),
             branches[1],
         )
+
+    @property
+    def trajectory_settings(self) -> Sequence[object]:
+        """The branch and the conditions too."""
+        assert isinstance(self.teacher, ControlledTransformer)
+        latents = {**self.cache.facts, "conditions": str(self.conditions.cache.facts)}
+        modules = self.teacher.transformer, self.teacher.controlnet
+        return trajectory_settings(self.config, latents, self.encoder.text_encoder, *modules)
 
     def follower(self) -> tuple[FlowModel, nn.Module]:
         """A steered model whose transformer and branch both learn."""

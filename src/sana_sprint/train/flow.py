@@ -33,12 +33,13 @@ def guided(
     *,
     projected: bool = False,
     limit: float = math.inf,
+    start: float = 0.0,
 ) -> Velocity:
     """Guidance by the difference between the model with and without its caption.
 
     Plain, it is classifier-free guidance, v_unc + scale (v_cond - v_unc). Projected, it is adaptive projected guidance
     (arXiv 2410.02416) without momentum: the part of the difference that is parallel to the clean prediction
-    only saturates the picture, and is left out.
+    only saturates the picture, and is left out. At little noise guidance mostly breaks details (arXiv 2404.07724).
 
     Args:
         conditional: the model with the caption.
@@ -46,11 +47,16 @@ def guided(
         scale: one number, or one for each sample (B,); 1 is the conditional model alone.
         projected: leave the parallel part out.
         limit: greatest RMS of the difference between clean predictions; a greater one is scaled down to it. Projected only.
+        start: flow time up to which nothing is guided.
     """
 
     def velocity(x: Tensor, flow_t: Tensor) -> Tensor:
-        v, base = conditional(x, flow_t), unconditional(x, flow_t)
-        weight = expand_like(scale, v) if isinstance(scale, Tensor) else scale
+        v = conditional(x, flow_t)
+        is_guided = flow_t > start
+        if start and not is_guided.any():  # half of the work
+            return v
+        base = unconditional(x, flow_t)
+        weight = expand_like(torch.where(is_guided, scale, 1.0), v)
         if not projected:
             return base + weight * (v - base)
         # Clean predictions are x - s v, so their difference is -s times that of the velocities.

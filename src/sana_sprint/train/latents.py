@@ -190,6 +190,15 @@ def _identity(num_samples: int, samples: Sequence[str], settings: str) -> dict[s
     }
 
 
+def latent_facts(
+    source: Source, num_samples: int, autoencoder: AutoencoderDC, size: int | None = None
+) -> dict[str, str]:
+    """The facts of the cache that `cached_latents` with these arguments returns."""
+    positions = source.training[:num_samples]
+    samples = [source.digest(positions[part.start : part.stop]) for part in cut(len(positions))]
+    return _identity(len(positions), samples, _Encoder(source, autoencoder, size).settings)
+
+
 def latent_files(
     folder: Path, source: Source, num_samples: int, autoencoder: AutoencoderDC, size: int | None = None
 ) -> list[Path]:

@@ -1,13 +1,14 @@
 """Distilling a teacher into a student for 1 to 4 steps: consistency (sCM) and adversarial (LADD) losses together.
 
-Algorithm 2 of SANA-Sprint (arXiv 2503.09641), and distribution matching on request. The players take turns, a step each.
+Algorithm 2 of SANA-Sprint (arXiv 2503.09641), and on request distribution matching and the teacher's trajectories. The
+players take turns, a step each.
 """
 
 from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,15 @@ from sana_sprint.train.optim import warmed_up
 from sana_sprint.train.stage import Metrics, Part, Report, autocast
 from sana_sprint.train.student import Student, with_guidance
 from sana_sprint.train.tangent import make_tangent
+from sana_sprint.train.trajectories import (
+    CHUNK_SIZE,
+    Traced,
+    cached_trajectories,
+    draw_starts,
+    end_loss,
+    trace,
+    trajectory_settings,
+)
 from sana_sprint.trigflow import (
     T_MAX,
     Denoiser,
@@ -55,6 +65,8 @@ class Batch:
     """Clean latents (B,C,H,W), the embeddings of their captions, guidance scales (B,), and what the teacher is told."""
 
     u0: Tensor
+    captions: Sequence[str]
+    instruction: bool  # whether the complex human instruction stands in front of them
     embeddings: PromptEmbeddings
     guidance: Tensor
     captioned: CaptionContext  # the teacher's
@@ -67,6 +79,7 @@ class StudentStage:
     def __init__(self, config: StudentRun, *, report: Report) -> None:
         torch.manual_seed(config.seed)
         self.config = config
+        self.report = report
         self.device = distributed.device()
         self.folder = resolve_folder(str(config.teacher))
         text_encoder = load_text_encoder(self.folder / "text_encoder", device=self.device)
@@ -92,6 +105,14 @@ class StudentStage:
         self.student = Student(self.transformer, math.prod(self.cache.shape), learning).to(self.device)
         if self.adversary:
             self.adversary.discriminator.to(self.device)
+        self.trajectories = config.trajectories and cached_trajectories(
+            config.output.parent,
+            config.trajectories,
+            self._traced,
+            settings=self.trajectory_settings,
+            seed=config.seed,
+            report=report,
+        )
 
     def models(self) -> tuple[FlowModel, FlowModel, nn.Module]:
         """The teacher, the student, and what of the student learns."""
@@ -117,6 +138,12 @@ class StudentStage:
         return transformer.requires_grad_(False)
 
     @property
+    def trajectory_settings(self) -> Sequence[object]:
+        """What the teacher's trajectories depend on, beside their own settings."""
+        assert isinstance(self.teacher, nn.Module)
+        return trajectory_settings(self.config, self.cache.facts, self.encoder.text_encoder, self.teacher)
+
+    @property
     def players(self) -> Mapping[str, nn.Module]:
         """The student and, where the run has these losses, the discriminator's heads and the follower."""
         players: dict[str, nn.Module] = {"student": self.student}
@@ -128,8 +155,8 @@ class StudentStage:
 
     @property
     def data(self) -> Mapping[str, str]:
-        """The latents'."""
-        return self.cache.facts
+        """The latents', and the trajectories'."""
+        return {**self.cache.facts, **(self.trajectories.facts if self.trajectories else {})}
 
     def player(self, step: int) -> str:
         """All take turns; the student is first."""
@@ -139,10 +166,10 @@ class StudentStage:
     def loss(self, part: Part) -> tuple[Tensor, Metrics]:
         """The step's player's loss on its own batch."""
         with autocast(self.config):
-            batch = self._batch(part)
             player = self.player(part.step)
             if player == "student":
-                return self.student_loss(batch, part.step)
+                return self.loss_of_student(part)
+            batch = self._batch_of(part)
             with torch.no_grad():
                 student = self.denoiser(self._student_context(batch), batch.guidance)
                 fake = self.pictures(student, batch.u0)
@@ -194,8 +221,19 @@ class StudentStage:
         SCMScheduler().save_pretrained(folder / "scheduler")
         write_model_index(folder, sprint_index(type(self.encoder.tokenizer).__name__))
 
+    def loss_of_student(self, part: Part) -> tuple[Tensor, Metrics]:
+        """Weighted sum of what it learns of pictures and of trajectories; either may be absent."""
+        loss, metrics = torch.zeros((), device=self.device), Metrics()
+        if self.config.scm_weight or self.adversary or self.matching:
+            loss, metrics = self.student_loss(self._batch_of(part), part.step)
+        if self.trajectories:
+            found = self._trajectory_loss(part)
+            loss = loss + self.trajectories.config.weight * found
+            metrics["trajectory_loss"] = found.item()
+        return loss, metrics
+
     def student_loss(self, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
-        """Weighted sum of the losses; one of them may be absent."""
+        """Weighted sum of the losses on pictures; one of them may be absent."""
         context = self._student_context(batch)
         student, teacher = self.denoiser(context, batch.guidance), self.guided_velocity(batch)
         loss, metrics = torch.zeros((), device=self.device), Metrics()
@@ -254,17 +292,43 @@ class StudentStage:
         metrics["direction_norm"] = directions.mean().item()
         return loss, {**metrics, **by_level("direction_norm", directions, trig_to_flow(t))}
 
+    def _trajectory_loss(self, part: Part) -> Tensor:
+        assert self.trajectories
+        points = self.trajectories.draw(part.indices, batch_size=self.config.schedule.batch_size)
+        u, t, guidance = (each.to(self.device) for each in (points.u, points.t, points.guidance))
+        with torch.no_grad():
+            embeddings = self.embed(points.captions, instruction=points.instruction)
+        context = self.context(self.transformer, embeddings.embeds, embeddings.mask, points.indices)
+        F = self.denoiser(context, guidance)(u, t).float()
+        return end_loss(to_clean(u, F, t), points.end.to(self.device))
+
+    @torch.no_grad()
+    def _traced(self, indices: range) -> Traced:
+        """The teacher's trajectories for these positions of the stream, the same whenever they are computed."""
+        assert self.config.trajectories
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), autocast(self.config):
+            torch.manual_seed(self.config.seed * 1_000_003 + indices.start)
+            order = self.cache.shuffled(indices, batch_size=CHUNK_SIZE, seed=self.config.seed)
+            batch = self._batch(order)
+            t = draw_starts(len(order), self.config.trajectories.noise_rate).to(self.device)
+            u = add_noise(batch.u0, torch.randn_like(batch.u0), t)
+            velocity = self.guided_velocity(batch)
+            points = trace(velocity, u, t, num_steps=self.config.trajectories.num_steps)
+        return Traced(points, trig_to_flow(t), batch.guidance, order, batch.captions, batch.instruction)
+
     def draw_times(self, count: int) -> Tensor:
         """Angles of the consistency loss: (count,)."""
         return lognormal_times(
             count, mean=self.config.time_mean, std=self.config.time_std, device=self.device
         )
 
+    def _batch_of(self, part: Part) -> Batch:
+        batch_size = self.config.schedule.batch_size
+        return self._batch(self.cache.shuffled(part.indices, batch_size=batch_size, seed=self.config.seed))
+
     @torch.no_grad()
-    def _batch(self, part: Part) -> Batch:
-        order = self.cache.shuffled(
-            part.indices, batch_size=self.config.schedule.batch_size, seed=self.config.seed
-        )
+    def _batch(self, order: Tensor) -> Batch:
         u0, captions = self.cache.batch(order)
         u0 = u0.to(self.device)
         scales = torch.tensor(self.config.guidance_scales)
@@ -272,7 +336,7 @@ class StudentStage:
         instruction = float(torch.rand(())) < self.config.instruction_rate
         embeddings = self.embed(captions, instruction=instruction)
         captioned = self.context(self.teacher, embeddings.embeds, embeddings.mask, order)
-        return Batch(u0, embeddings, guidance, captioned, order)
+        return Batch(u0, captions, instruction, embeddings, guidance, captioned, order)
 
     def _student_context(self, batch: Batch) -> CaptionContext:
         return self.context(self.transformer, batch.embeddings.embeds, batch.embeddings.mask, batch.indices)
@@ -294,6 +358,7 @@ class StudentStage:
             batch.guidance,
             projected=self.config.guidance_projected,
             limit=self.config.guidance_limit,
+            start=self.config.guidance_from,
         )
 
     def denoiser(self, context: CaptionContext, guidance: Tensor) -> Denoiser:
