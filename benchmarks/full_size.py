@@ -60,10 +60,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1, help="runs of each side")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--size", type=int, default=1024)
+    parser.add_argument("--offload", action="store_true", help="ours with enable_disk_offload")
     parser.add_argument("--side", choices=("ours", "diffusers"), help="run one side here and print its JSON")
     arguments = parser.parse_args()
     if arguments.side:
-        print(json.dumps(run_side(arguments.side, arguments.folder, arguments.steps, arguments.size)))
+        print(json.dumps(run_side(arguments)))
         return
     if not (arguments.folder / "model_index.json").is_file():
         make_folder(arguments.folder)
@@ -114,8 +115,9 @@ def random_weights(build: Callable[[], Any]) -> Any:
     return model
 
 
-def run_side(side: str, folder: Path, steps: int, size: int) -> dict[str, float]:
+def run_side(arguments: argparse.Namespace) -> dict[str, float]:
     """Loads the folder, makes the picture, saves its latent as `<folder>/latent-<side>.pt`; seconds and GiB."""
+    side, folder, steps, size = arguments.side, arguments.folder, arguments.steps, arguments.size
     clock = Stopwatch()
     if side == "ours":
         from sana_sprint import SanaSprintPipeline
@@ -125,6 +127,8 @@ def run_side(side: str, folder: Path, steps: int, size: int) -> dict[str, float]
     pipe = SanaSprintPipeline.from_pretrained(str(folder), torch_dtype=torch.bfloat16)
     clock.seconds["load"] = time.perf_counter() - start
     pipe.set_progress_bar_config(disable=True)
+    if side == "ours" and arguments.offload:
+        pipe.enable_disk_offload()
     pipe.text_encoder.forward = clock.around("text", pipe.text_encoder.forward)
     pipe.transformer.forward = clock.around("transformer", pipe.transformer.forward)
     pipe.vae.decode = clock.around("decode", pipe.vae.decode)
@@ -204,6 +208,7 @@ def report(
 def _subprocess(side: str, arguments: argparse.Namespace) -> dict[str, float]:
     command = [sys.executable, __file__, str(arguments.folder), "--side", side]
     command += ["--steps", str(arguments.steps), "--size", str(arguments.size)]
+    command += ["--offload"] if arguments.offload else []
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return result

@@ -1,6 +1,6 @@
 """How long each part takes, ours beside diffusers on the same random bf16 weights, in turn in one process.
 
-    OMP_NUM_THREADS=2 python benchmarks/speed.py decode --sizes 512,1024
+    OMP_NUM_THREADS=2 python benchmarks/speed.py decode --sizes 512,1024 --openvino   # pip install openvino
     OMP_NUM_THREADS=2 python benchmarks/speed.py pipeline --steps 1,2,4 --sizes 512,1024,2048 --batches 1,4,8
     OMP_NUM_THREADS=2 python benchmarks/speed.py embedded
     python benchmarks/speed.py decode transformer pipeline cold embedded --device cuda --compiled
@@ -15,6 +15,7 @@ and one JSON line. Operations are counted from shapes; `share` is theirs per sec
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import platform
@@ -83,6 +84,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compiled", action="store_true", help="torch.compile of diffusers as a third side")
+    parser.add_argument(
+        "--openvino", action="store_true", help="decode by OpenVINO too, from diffusers' graph and from ours"
+    )
     parser.add_argument("--small", action="store_true", help="tiny models, to see that this works")
     return parser.parse_args()
 
@@ -124,7 +128,29 @@ def decode_cases(arguments: argparse.Namespace) -> Iterator[Case]:
         }
         if compiled is not None:
             calls["diffusers compiled"] = lambda latent=latent: compiled(latent, return_dict=False)
+        if arguments.openvino:
+            for side in ("diffusers", "ours"):
+                calls[f"openvino, graph: {side}"] = in_openvino(sides[side].decoder, latent)
         yield f"decode {size} px x{batch}", calls
+
+
+def in_openvino(decoder: torch.nn.Module, latent: torch.Tensor) -> Callable[[], object]:
+    """The same decoder, exported and compiled for this shape, in bf16 on as many threads as torch has."""
+    import openvino
+
+    # Exported in fp32, as its users do: the plugin itself casts to bf16 what gains by it.
+    wide = copy.deepcopy(decoder).float()
+    with torch.no_grad():
+        graph = openvino.convert_model(torch.export.export(wide, (latent.float(),)))
+    graph.reshape(list(latent.shape))
+    hints = {"INFERENCE_PRECISION_HINT": "bf16", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = openvino.Core().compile_model(graph, "CPU", hints)
+    numbers = latent.float().numpy()
+    wanted = decoder(latent).float()
+    error = (torch.from_numpy(compiled([numbers])[0]) - wanted).norm() / wanted.norm()
+    if error > 0.05:
+        raise AssertionError(f"OpenVINO's picture differs by {error:.3f} of its size")
+    return lambda: compiled([numbers])
 
 
 def transformer_cases(arguments: argparse.Namespace) -> Iterator[Case]:

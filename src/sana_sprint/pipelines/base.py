@@ -21,6 +21,7 @@ from sana_sprint.pipelines.quantized import check_move, quantize_components
 from sana_sprint.prompts import DEFAULT_MAX_SEQUENCE_LENGTH
 from sana_sprint.quantize import parse_request
 from sana_sprint.weights import resolve_folder
+from sana_sprint.weights.paging import give_back
 
 DEFAULT_COMPRESSION = 32  # pixels per latent cell when there is no autoencoder to ask, as published
 
@@ -51,6 +52,7 @@ class BasePipeline(LoraMethods, AccelerationMethods):
             setattr(self, name, components[name])
         self._progress_settings: dict[str, Any] = {}
         self._encoder: PromptEncoder | None = None
+        self._gives_back = False
 
     # ----- making one -------------------------------------------------------------------------------------------------
 
@@ -238,7 +240,23 @@ class BasePipeline(LoraMethods, AccelerationMethods):
         quantize_components(self.components, request)
         return self
 
-    # ----- the autoencoder's memory -----------------------------------------------------------------------------------
+    # ----- memory -----------------------------------------------------------------------------------------------------
+
+    def enable_disk_offload(self, enabled: bool = True) -> None:
+        """Give each component's memory back as soon as a call has no more use for it, as far as it is in mapped files.
+
+        For CPUs, on Linux: the process then holds the text encoder or the transformer or the autoencoder, and not all of
+        them. The system keeps the files in its cache while it has room, so the next call is as good as as fast; without
+        room it reads them from the disk. Weights that were cast, quantised, adapted or moved in memory stay there.
+        """
+        self._gives_back = enabled
+
+    def _give_back(self, *names: str) -> None:
+        """These components' part of a call is done."""
+        if self._gives_back:
+            for module in (getattr(self, name, None) for name in names):
+                if isinstance(module, nn.Module):
+                    give_back(module)
 
     def enable_vae_slicing(self) -> None:
         """Decode one picture at a time: less memory, same pictures."""

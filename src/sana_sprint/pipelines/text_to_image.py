@@ -133,10 +133,13 @@ class SanaSprintPipeline(BasePipeline):
         text = prompts.encode(
             self.prompt_encoder, clean_caption, max_sequence_length, complex_human_instruction
         )
+        self._give_back("text_encoder")
         conditioning = steer(Conditioning.of(transformer, text, repeats, guidance))
         hook = self._hook(callback_on_step_end, callback_on_step_end_tensor_inputs, conditioning)
         u0 = self._draw(conditioning, noise, times, generators, hook)
+        self._give_back("transformer", "controlnet")
         images = u0 if output_type == "latent" else convert(fit(decode(self.vae, u0), size), output_type)
+        self._give_back("vae")
         output = SanaSprintOutput.of(
             images, size, seeds=seeds, times=tuple(times), guidance=guidance, **self._facts(conditioning)
         )
