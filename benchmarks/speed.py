@@ -8,7 +8,9 @@
 Parts: `transformer` (one evaluation), `decode`, `pipeline` (prompt embeddings to pixels, so that both sides start with the
 same), `embedded` (prompt to PNG with the model that ships) and `cold` (the command in a process of its own). Text
 encoding is in `text_encoding.py`, memory of a whole picture in `full_size.py`, ControlNet in `controlnet.py`. Prints a table
-and one JSON line. Operations are counted from shapes; `share` is theirs per second over the measured matrix peak.
+and one JSON line. Operations are counted from shapes; `share` is theirs per second over the measured matrix peak. Bytes are what all
+operations read and write, counted from shapes too, and `traffic` theirs per second over the measured speed of a copy: above 1,
+much of it stayed in caches. A case whose share is near 1 cannot be made faster in its dtype, only with fewer operations.
 `cpu` is the share of its threads' time that the process had: well below 1, other programs took the rest and times mean little.
 """
 
@@ -32,6 +34,8 @@ from typing import Any
 
 import torch
 from full_size import AUTOENCODER, TRANSFORMER, random_weights
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 PROMPT_TOKENS = 20
@@ -62,7 +66,7 @@ def main() -> None:
     }
     rows = []
     with torch.inference_mode():
-        peak = matrix_peak(arguments.device)
+        peak = matrix_peak(arguments.device), copy_peak(arguments.device)
         for part in arguments.parts:
             for name, sides in cases[part](arguments):
                 rows += measure(name, sides, arguments, peak)
@@ -249,15 +253,19 @@ def cold_cases(arguments: argparse.Namespace) -> Iterator[Case]:
 
 
 def measure(
-    name: str, sides: dict[str, Callable[[], object]], arguments: argparse.Namespace, peak: float
+    name: str,
+    sides: dict[str, Callable[[], object]],
+    arguments: argparse.Namespace,
+    peak: tuple[float, float],
 ) -> list[dict[str, Any]]:
     """One row per side. The first call of each warms up and is counted."""
-    operations = {}
+    operations, bytes_ = {}, {}
     for side, call in sides.items():
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter, ByteCounter() as traffic:
             if "compiled" not in side:
                 call()
         operations[side] = counter.get_total_flops() or None
+        bytes_[side] = traffic.total or None
         call()
     times: dict[str, list[float]] = {side: [] for side in sides}
     cpu, wall = time.process_time(), time.perf_counter()
@@ -277,12 +285,29 @@ def measure(
                 "p90_s": sorted(found)[int(0.9 * (len(found) - 1) + 0.5)],
                 "ratio": median / base,
                 "operations": operations[side],
-                "share": operations[side] and operations[side] / median / peak,
+                "share": operations[side] and operations[side] / median / peak[0],
+                "bytes": bytes_[side],
+                "traffic": bytes_[side] and bytes_[side] / median / peak[1],
                 "cpu": cpu_share,
                 "peak_gib": peak_memory(sides[side], arguments.device),
             }
         )
     return rows
+
+
+class ByteCounter(TorchDispatchMode):
+    """Adds up the bytes of what every operation reads and writes; views move nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view and func is not torch.ops.aten.empty.memory_format:
+            tensors = {id(each): each for each in tree_leaves((args, kwargs, out)) if torch.is_tensor(each)}
+            self.total += sum(each.nbytes for each in tensors.values())
+        return out
 
 
 def seconds(call: Callable[[], object], device: str) -> float:
@@ -311,23 +336,34 @@ def matrix_peak(device: str, side: int = 2048) -> float:
     return 2 * side**3 / min(seconds(lambda: a @ a, device) for _ in range(6))
 
 
-def report(rows: list[dict[str, Any]], peak: float, arguments: argparse.Namespace) -> None:
-    print("| case | side | median | p90 | x ours | GFLOP | share of peak | cpu | peak GiB |")
-    print("|" + "---|" * 9)
+def copy_peak(device: str) -> float:
+    """Bytes per second that a copy of a large array reads and writes, the best of five."""
+    a = torch.ones(2**27, device=device)
+    b = torch.empty_like(a)
+    return 2 * a.nbytes / min(seconds(lambda: b.copy_(a), device) for _ in range(6))
+
+
+def report(rows: list[dict[str, Any]], peak: tuple[float, float], arguments: argparse.Namespace) -> None:
+    print(f"matrix peak {peak[0] / 1e9:.0f} GFLOP/s (bf16), copy {peak[1] / 1e9:.1f} GB/s")
+    print("| case | side | median | p90 | x ours | GFLOP | share | GB | traffic | cpu | peak GiB |")
+    print("|" + "---|" * 11)
     for row in rows:
         gflop = "" if row["operations"] is None else f"{row['operations'] / 1e9:.1f}"
         share = "" if row["share"] is None else f"{row['share']:.2f}"
+        gigabytes = "" if row["bytes"] is None else f"{row['bytes'] / 1e9:.2f}"
+        traffic = "" if row["traffic"] is None else f"{row['traffic']:.2f}"
         memory = "" if row["peak_gib"] is None else f"{row['peak_gib']:.2f}"
         print(
             f"| {row['case']} | {row['side']} | {1000 * row['median_s']:.1f} ms | {1000 * row['p90_s']:.1f} ms "
-            f"| {row['ratio']:.2f} | {gflop} | {share} | {row['cpu']:.2f} | {memory} |"
+            f"| {row['ratio']:.2f} | {gflop} | {share} | {gigabytes} | {traffic} | {row['cpu']:.2f} | {memory} |"
         )
     facts = {
         "torch": torch.__version__,
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
-        "matrix_peak": peak,
+        "matrix_peak": peak[0],
+        "copy_peak": peak[1],
         "program": Path(__file__).name,
     }
     print(json.dumps({**facts, **vars(arguments), "rows": rows}))

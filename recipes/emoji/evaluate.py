@@ -29,10 +29,11 @@ from sana_sprint.models.transformer import SanaTransformer2DModel
 from sana_sprint.train.conditioning import embed, unconditional, velocity_of
 from sana_sprint.train.config import StudentRun, load_config
 from sana_sprint.train.flow import guided, sample_flow
+from sana_sprint.trigflow import Velocity
 from sana_sprint.weights import load_model
 
 BATCH = 50
-RECIPE = Path(__file__).with_name("student.toml")
+RECIPE = Path(__file__).with_name("student-trajectories.toml")
 
 
 def main() -> None:
@@ -76,39 +77,48 @@ def main() -> None:
     print(json.dumps({"count": len(scenes), "autoencoder_psnr": psnr, "fid": distances, **rows}))
 
 
+class Teacher:
+    """A teacher run's final folder, guided as in the student's training; fp32 weights, to be called under bf16 autocast."""
+
+    def __init__(self, folder: Path) -> None:
+        recipe = load_config(RECIPE)
+        assert isinstance(recipe, StudentRun)
+        self.recipe = recipe
+        self.transformer = load_model(SanaTransformer2DModel, folder / "transformer")
+        self.autoencoder = load_model(AutoencoderDC, folder / "vae").to(memory_format=torch.channels_last)
+        self.encoder = PromptEncoder(
+            load_tokenizer(folder / "tokenizer"), load_text_encoder(folder / "text_encoder")
+        )
+
+    def velocity(self, captions: Sequence[str], guidance: float) -> Velocity:
+        """Of pictures with these captions."""
+        embeddings = embed(self.encoder, captions, instruction=True)
+        captioned = self.transformer.encode_caption(embeddings.embeds, embeddings.mask)
+        return guided(
+            velocity_of(self.transformer, captioned),
+            velocity_of(self.transformer, unconditional(self.transformer, embeddings)),
+            torch.full((len(captions),), guidance),
+            projected=self.recipe.guidance_projected,
+            limit=self.recipe.guidance_limit,
+            start=self.recipe.guidance_from,
+        )
+
+
 @torch.no_grad()
 def teacher_pictures(folder: Path, scenes: list[Scene], guidance: float, steps: int) -> list[Image.Image]:
-    """The same from the teacher, guided as in the student's training; fp32 weights under bf16 autocast."""
-    recipe = load_config(RECIPE)
-    assert isinstance(recipe, StudentRun)
-    transformer = load_model(SanaTransformer2DModel, folder / "transformer")
-    autoencoder = load_model(AutoencoderDC, folder / "vae").to(memory_format=torch.channels_last)
-    encoder = PromptEncoder(load_tokenizer(folder / "tokenizer"), load_text_encoder(folder / "text_encoder"))
-    size, channels = transformer.config.sample_size, transformer.config.in_channels
+    """The same from the teacher."""
+    teacher = Teacher(folder)
+    config, vae = teacher.transformer.config, teacher.autoencoder
+    shape = config.in_channels, config.sample_size, config.sample_size
     pictures: list[Image.Image] = []
     for start in range(0, len(scenes), BATCH):
         part = scenes[start : start + BATCH]
-        noise = torch.stack(
-            [
-                torch.randn(channels, size, size, generator=torch.Generator().manual_seed(start + i))
-                for i in range(len(part))
-            ]
-        )
+        generators = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
+        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
         with torch.autocast("cpu", torch.bfloat16):
-            embeddings = embed(encoder, [scene.caption for scene in part], instruction=True)
-            captioned = transformer.encode_caption(embeddings.embeds, embeddings.mask)
-            empty = unconditional(transformer, embeddings)
-
-            velocity = guided(
-                velocity_of(transformer, captioned),
-                velocity_of(transformer, empty),
-                guidance,
-                projected=recipe.guidance_projected,
-                limit=recipe.guidance_limit,
-                start=recipe.guidance_from,
-            )
+            velocity = teacher.velocity([scene.caption for scene in part], guidance)
             latent = sample_flow(velocity, noise, num_steps=steps)
-            pictures += to_pil(autoencoder.decode(latent / autoencoder.config.scaling_factor).float())
+            pictures += to_pil(vae.decode(latent / vae.config.scaling_factor).float())
     return pictures
 
 
