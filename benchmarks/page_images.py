@@ -16,8 +16,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from sana_sprint import SanaSprintPipeline
-from sana_sprint.serve.engine import Engine
+from sana_sprint import SanaSprintControlNetPipeline, SanaSprintPipeline
+from sana_sprint.serve.engine import Engine, Pipelines
 from tests._page import PageUser, browser, page_server
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,9 +40,9 @@ def draw_examples(pipeline: SanaSprintPipeline) -> None:
         picture.save(folder / f"{example['picture']}.webp", quality=90)
 
 
-def take_screenshot(pipeline: SanaSprintPipeline) -> None:
+def take_screenshot(pipelines: Pipelines) -> None:
     """The page with a picture, after a few others were looked at."""
-    engine = Engine(lambda: pipeline)
+    engine = Engine(lambda: pipelines)
     engine.wait_until_loaded()
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -78,11 +78,13 @@ def main() -> None:
     )
     parser.add_argument("--examples", action="store_true", help="draw the examples alone")
     arguments = parser.parse_args()
-    pipeline = SanaSprintPipeline.from_pretrained("emoji")
-    pipeline.set_progress_bar_config(disable=True)
+    control = SanaSprintControlNetPipeline.from_pretrained("emoji")
+    pipeline = SanaSprintPipeline.from_pipe(control)
+    for each in (pipeline, control):
+        each.set_progress_bar_config(disable=True)
     draw_examples(pipeline)
     if not arguments.examples:
-        take_screenshot(pipeline)
+        take_screenshot(Pipelines(pipeline, control))
 
 
 if __name__ == "__main__":
