@@ -161,7 +161,7 @@ class Ours:
 
     def step(self) -> None:
         with self.autocast:
-            loss, _ = self.stage.student_loss(self.batch(), step=10**6)
+            loss, _ = self.stage.pictures_loss(self.batch(), step=10**6)
         update(loss, self.optimizer)
 
     def batch(self) -> Batch:

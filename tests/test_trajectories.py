@@ -214,7 +214,7 @@ def test_they_count_beside_the_other_losses(tmp_path: Path) -> None:
     torch.manual_seed(0)
     both, metrics = stage.loss(part)
     torch.manual_seed(0)
-    alone, _ = stage.student_loss(stage._batch_of(part), 0)
+    alone, _ = stage.pictures_loss(stage._batch_of(part), 0)
     assert both.item() == pytest.approx(alone.item() + 2 * metrics["trajectory_loss"], rel=1e-5)
     assert "trajectories" in stage.data
 

@@ -168,7 +168,7 @@ class StudentStage:
         with autocast(self.config):
             player = self.player(part.step)
             if player == "student":
-                return self.loss_of_student(part)
+                return self.student_loss(part)
             batch = self._batch_of(part)
             with torch.no_grad():
                 student = self.denoiser(self._student_context(batch), batch.guidance)
@@ -221,18 +221,18 @@ class StudentStage:
         SCMScheduler().save_pretrained(folder / "scheduler")
         write_model_index(folder, sprint_index(type(self.encoder.tokenizer).__name__))
 
-    def loss_of_student(self, part: Part) -> tuple[Tensor, Metrics]:
+    def student_loss(self, part: Part) -> tuple[Tensor, Metrics]:
         """Weighted sum of what it learns of pictures and of trajectories; either may be absent."""
         loss, metrics = torch.zeros((), device=self.device), Metrics()
         if self.config.scm_weight or self.adversary or self.matching:
-            loss, metrics = self.student_loss(self._batch_of(part), part.step)
+            loss, metrics = self.pictures_loss(self._batch_of(part), part.step)
         if self.trajectories:
             found = self._trajectory_loss(part)
             loss = loss + self.trajectories.config.weight * found
             metrics["trajectory_loss"] = found.item()
         return loss, metrics
 
-    def student_loss(self, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
+    def pictures_loss(self, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
         """Weighted sum of the losses on pictures; one of them may be absent."""
         context = self._student_context(batch)
         student, teacher = self.denoiser(context, batch.guidance), self.guided_velocity(batch)
