@@ -172,7 +172,15 @@ class Ours:
         embeddings = PromptEmbeddings(text, mask, (False,) * count, (length,) * count, (0,) * count)
         with torch.no_grad():
             captioned = self.stage.teacher.encode_caption(text, mask)
-        return Batch(task.u0, embeddings, draw_guidance(count), captioned, indices=torch.arange(count))
+        return Batch(
+            u0=task.u0,
+            captions=[""] * count,  # nobody reads them: they are encoded
+            instruction=False,
+            embeddings=embeddings,
+            guidance=draw_guidance(count),
+            captioned=captioned,
+            indices=torch.arange(count),
+        )
 
     def tangent(self, u: Tensor, t: Tensor, guidance: Tensor) -> tuple[Tensor, Tensor]:
         """The guided teacher's F and the scaled tangent of the student."""
