@@ -181,7 +181,7 @@ def _recoloured(folder: Path) -> None:
 )
 def test_stale_latents_are_never_met(change: Any, folder: Path, autoencoder: AutoencoderDC) -> None:
     def key(size: int | None = SIZE) -> str:
-        (path,) = latents.latent_files(
+        (path,), _ = latents.latent_files(
             folder, latents.open_source(str(folder)), len(SHAPES), autoencoder, size
         )
         return path.name

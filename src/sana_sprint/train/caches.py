@@ -26,7 +26,7 @@ from sana_sprint.train.config import (
 from sana_sprint.train.control import ConditionSource
 from sana_sprint.train.data import open_source
 from sana_sprint.train.embeddings import embedding_files
-from sana_sprint.train.latents import captions_of, latent_facts, latent_files
+from sana_sprint.train.latents import captions_of, latent_files
 from sana_sprint.train.trajectories import trajectory_files, trajectory_settings
 from sana_sprint.weights import load_model, resolve_folder
 
@@ -71,17 +71,17 @@ def files_of_run(config: AnyRun, folder: Path) -> list[Path]:
     autoencoder = load_model(AutoencoderDC, weights, dtype=torch.float32)
     data = config.data
     source = open_source(data.source, max_bad=data.max_bad_fraction)
-    latents = latent_files(folder, source, data.num_samples, autoencoder, data.size)
+    latents, facts = latent_files(folder, source, data.num_samples, autoencoder, data.size)
     if isinstance(config, TeacherRun):
         return latents
     texts = _text_files(config, folder, latents, models) if config.cache_text else []
-    facts = latent_facts(source, data.num_samples, autoencoder, data.size)
     name = _condition(config)
     if name is not None:
         multiple = autoencoder.spatial_compression_ratio
         conditions = ConditionSource(source, name, size=data.size, multiple=multiple)
-        latents += latent_files(folder, conditions, data.num_samples, autoencoder)
-        facts["conditions"] = str(latent_facts(conditions, data.num_samples, autoencoder))
+        files, conditions_facts = latent_files(folder, conditions, data.num_samples, autoencoder)
+        latents += files
+        facts["conditions"] = str(conditions_facts)
     return latents + texts + _trajectory_files(config, folder, models, facts)
 
 

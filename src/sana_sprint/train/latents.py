@@ -190,24 +190,15 @@ def _identity(num_samples: int, samples: Sequence[str], settings: str) -> dict[s
     }
 
 
-def latent_facts(
-    source: Source, num_samples: int, autoencoder: AutoencoderDC, size: int | None = None
-) -> dict[str, str]:
-    """The facts of the cache that `cached_latents` with these arguments returns."""
-    positions = source.training[:num_samples]
-    samples = [source.digest(positions[part.start : part.stop]) for part in cut(len(positions))]
-    return _identity(len(positions), samples, _Encoder(source, autoencoder, size).settings)
-
-
 def latent_files(
     folder: Path, source: Source, num_samples: int, autoencoder: AutoencoderDC, size: int | None = None
-) -> list[Path]:
-    """The files that `cached_latents` with these arguments reads, whether they are there or not."""
+) -> tuple[list[Path], dict[str, str]]:
+    """The files that `cached_latents` with these arguments reads, whether they are there or not, and its cache's facts."""
     positions = source.training[:num_samples]
     encoder = _Encoder(source, autoencoder, size)
-    return [
-        encoder.path(folder, source.digest(positions[part.start : part.stop])) for part in cut(len(positions))
-    ]
+    samples = [source.digest(positions[part.start : part.stop]) for part in cut(len(positions))]
+    files = [encoder.path(folder, each) for each in samples]
+    return files, _identity(len(positions), samples, encoder.settings)
 
 
 def captions_of(files: Iterable[Path]) -> list[Sequence[str]]:

@@ -79,7 +79,7 @@ class Trajectories:
         """
         order = BucketOrder(self._buckets, batch_size, self.seed)(indices).tolist()
         rows = [(self._chunks[place // CHUNK_SIZE], place % CHUNK_SIZE) for place in order]
-        steps = self._chunks[0].points.shape[1] - 1
+        steps = self.config.num_steps
         k = torch.randint(steps, (len(rows),))
         k = torch.where(torch.rand(len(rows)) < self.config.start_rate, 0, k)
         flow_t = torch.stack([chunk.flow_t[row] for chunk, row in rows]) * (1 - k / steps)
