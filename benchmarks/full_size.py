@@ -100,12 +100,12 @@ def make_folder(folder: Path) -> None:
     write_model_index(folder, sprint_index(type(tokenizer).__name__))
 
 
-def random_weights(build: Callable[[], Any]) -> Any:
+def random_weights(build: Callable[[], Any], device: str | torch.device = "cpu") -> Any:
     """The module in bf16: matrices and kernels of fan-in scale, norm weights 1, biases 0."""
     with torch.device("meta"):
         model = build()
-    model = model.to(torch.bfloat16).to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(0)
+    model = model.to(torch.bfloat16).to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim < 2:

@@ -9,6 +9,8 @@ over; one that fails says so and the next begins:
     stages     where the time goes, operations counted, and their share of a large matrix product's rate
     batches    pictures a second in batches of 1 to 32
     control    one step that follows a sketch
+    quantized  each preset of the transformer, alone: milliseconds, megabytes, and error beside bf16
+    profile    the kernels that take longest in each stage of ours, with kernels
     kernels    benchmarks/fused_kernels.py
     training   one student update: consistency and adversarial loss, backward, optimiser
     compiled   both sides under torch.compile, graphs included; the slowest to begin, so last
@@ -19,6 +21,7 @@ Sides take turns. `--tiny` runs all of it that a CPU can on models that fit any 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import subprocess
@@ -33,11 +36,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from full_size import TRANSFORMER
+from full_size import PROMPT, TRANSFORMER
 from gpu_world import TINY_TRANSFORMER, World, make_world
+from quantized import megabytes
 
 from sana_sprint import SanaSprintControlNetPipeline
+from sana_sprint.kernels.fused import use_fused_kernels
+from sana_sprint.kernels.graphs import CallGraphs, StepGraphs
 from sana_sprint.models.controlnet import SanaControlNetModel
+from sana_sprint.quantize import PRESETS
+from sana_sprint.quantize.models import quantize_model
 
 
 def main() -> None:
@@ -167,11 +175,73 @@ def control(world: World) -> dict[str, Any]:
     edge = world.size // 8
     ImageDraw.Draw(sketch).ellipse((edge, edge, world.size - edge, world.size - edge), outline=0, width=4)
     draw = partial(world.call, pipe, image=sketch, kind="scribble")
-    found = {}
-    for kernels in (False, True) if world.has_kernels else (False,):
-        pipe.enable_fused_kernels(kernels)
-        name = "kernels" if kernels else "plain"
-        found[name] = summary(clock({name: draw}, world.rounds)[name])
+    found = {"plain": summary(clock({"plain": draw}, world.rounds)["plain"])}
+    if world.has_kernels:
+        world.accelerate(kernels=True, graphs=True)
+        pipe.enable_fused_kernels()
+        branch.graphs = CallGraphs()
+        found["kernels + graphs"] = summary(clock({"fast": draw}, world.rounds)["fast"])
+    return found
+
+
+@torch.no_grad()
+def quantized(world: World) -> dict[str, Any]:
+    """A step of the transformer in each preset, by graphs on a GPU: what is left is what the device does."""
+    plain = world.ours.transformer
+    side = world.size // 32
+    embeds, mask = world.ours.encode_prompt(PROMPT)
+    latent = torch.randn(1, plain.config.in_channels, side, side, device=world.device)
+    one = torch.full((1,), 0.9, device=world.device)
+
+    def evaluate(model: Any) -> torch.Tensor:
+        context = model.encode_caption(embeds, mask)
+        return model(latent, one, context, 4.5 * one).float()
+
+    expected = evaluate(plain)
+    found: dict[str, Any] = {}
+    for preset in (None, *PRESETS):
+        model = copy.deepcopy(plain)
+        try:
+            if preset:
+                quantize_model(model, "transformer", preset)
+        except ValueError as error:
+            found[str(preset)] = {"refused": str(error)}
+            continue
+        use_fused_kernels(model, world.has_kernels)
+        error = distance(evaluate(model), expected)
+        model.graphs = StepGraphs() if world.has_kernels else None
+        row = summary(clock({"step": partial(evaluate, model)}, world.rounds)["step"])
+        found[preset or "bf16"] = {**row, "MB": megabytes(model), "error": error}
+        del model
+    return found
+
+
+def profile(world: World) -> dict[str, Any]:
+    """Milliseconds of the ten longest kernels of each stage, summed over a call."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity
+
+    world.accelerate(kernels=world.has_kernels, graphs=False)
+    found: dict[str, Any] = {}
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if world.has_kernels else [])]
+
+    def profiling(stage: str, function: Callable[..., Any], *values: Any, **named: Any) -> Any:
+        with torch.profiler.profile(activities=kinds) as profiler:
+            out = function(*values, **named)
+            synchronize()
+        where = DeviceType.CUDA if world.has_kernels else DeviceType.CPU
+        rows = [row for row in profiler.key_averages() if row.device_type == where]
+        key = "self_device_time_total" if world.has_kernels else "self_cpu_time_total"
+        longest = sorted(rows, key=lambda row: -getattr(row, key))
+        found[stage] = {
+            "all": f"{sum(getattr(row, key) for row in rows) / 1e3:.2f} ms",
+            **{f"{row.count} x {row.key[:90]}": f"{getattr(row, key) / 1e3:.3f} ms" for row in longest[:14]},
+        }
+        return out
+
+    world.call(world.ours)
+    with wrapped(world.ours, profiling):
+        world.call(world.ours)
     return found
 
 
@@ -232,7 +302,18 @@ def compiled(world: World) -> dict[str, Any]:
 
 SECTIONS: dict[str, Callable[[World], dict[str, Any]]] = {
     section.__name__: section
-    for section in (parity, latency, stages, batches, control, kernels, training, compiled)
+    for section in (
+        parity,
+        latency,
+        stages,
+        batches,
+        control,
+        quantized,
+        profile,
+        kernels,
+        training,
+        compiled,
+    )
 }
 
 

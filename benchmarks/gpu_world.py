@@ -14,7 +14,7 @@ from full_size import AUTOENCODER, PROMPT, TRANSFORMER, random_weights
 from text_encoding import random_gemma, word_tokenizer
 
 from sana_sprint import SanaSprintPipeline
-from sana_sprint.kernels.graphs import StepGraphs
+from sana_sprint.kernels.graphs import CallGraphs, StepGraphs
 from sana_sprint.models.autoencoder import AutoencoderConfig, AutoencoderDC
 from sana_sprint.models.transformer import SanaTransformer2DModel, TransformerConfig
 from sana_sprint.sampling import SCMScheduler
@@ -46,7 +46,7 @@ class World:
     size: int
     rounds: int
     batches: tuple[int, ...]
-    graphs: StepGraphs
+    graphs: dict[str, Any]  # component -> what records it
     out: Path
     tiny: bool
 
@@ -69,7 +69,8 @@ class World:
     def accelerate(self, kernels: bool, graphs: bool) -> None:
         """Switch ours. The graphs outlive being switched off."""
         self.ours.enable_fused_kernels(kernels)
-        self.ours.transformer.graphs = self.graphs if graphs else None
+        for name, recorded in self.graphs.items():
+            getattr(self.ours, name).graphs = recorded if graphs else None
 
     @property
     def has_kernels(self) -> bool:
@@ -89,8 +90,8 @@ def make_world(arguments: argparse.Namespace) -> World:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     fields, shape = (TINY_TRANSFORMER, TINY_AUTOENCODER) if arguments.tiny else (TRANSFORMER, AUTOENCODER)
-    transformer = random_weights(lambda: SanaTransformer2DModel(TransformerConfig.from_dict(fields)))
-    vae = random_weights(lambda: AutoencoderDC(AutoencoderConfig.from_dict(shape)))
+    transformer = random_weights(lambda: SanaTransformer2DModel(TransformerConfig.from_dict(fields)), device)
+    vae = random_weights(lambda: AutoencoderDC(AutoencoderConfig.from_dict(shape)), device)
     text_encoder = tiny_gemma() if arguments.tiny else random_gemma(26)
     transformer, vae, text_encoder = (model.to(device).eval() for model in (transformer, vae, text_encoder))
     tokenizer = word_tokenizer()
@@ -111,7 +112,7 @@ def make_world(arguments: argparse.Namespace) -> World:
         size=128 if arguments.tiny else 1024,
         rounds=2 if arguments.tiny else arguments.rounds,
         batches=(1, 2) if arguments.tiny else (1, 2, 4, 8, 16, 32),
-        graphs=StepGraphs(64),
+        graphs={"transformer": StepGraphs(64), "text_encoder": CallGraphs(64), "vae": CallGraphs(64)},
         out=arguments.out,
         tiny=arguments.tiny,
     )

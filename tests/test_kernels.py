@@ -11,14 +11,20 @@ import torch
 from torch.nn import functional as F
 
 from sana_sprint.kernels import fused
+from sana_sprint.models.autoencoder import AutoencoderConfig, AutoencoderDC
+from sana_sprint.models.dc_blocks import ChannelRMSNorm, Fusible
 from sana_sprint.models.layers import GatedConvFeedForward, LinearSelfAttention, RMSNorm, modulate
 from sana_sprint.models.transformer import SanaTransformer2DModel, TransformerConfig
+from sana_sprint.models.upsampling import phase_kernels, upsample
+from tests._autoencoders import AUTOENCODERS
 from tests._models import TRANSFORMERS, randomize
 
 pytest.importorskip("triton", reason="fused kernels need Triton")
 
+from sana_sprint.kernels import pixels
 from sana_sprint.kernels.attention import linear_attention
 from sana_sprint.kernels.convolution import gated_depthwise
+from sana_sprint.kernels.fused_pixels import use_fused_pixels
 from sana_sprint.kernels.norms import modulated_norm, rms_norm
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -167,6 +173,96 @@ def test_without_triton_the_switch_says_so(monkeypatch):
     with pytest.raises(ValueError, match="pip install triton"):
         fused.use_fused_kernels(model, True)
     fused.use_fused_kernels(model, False)
+
+
+# ----- an autoencoder -------------------------------------------------------------------------------------------------
+
+
+def channels_last(*shape, dtype=torch.float32):
+    return torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("adds", [False, True])
+def test_norm_of_pixels(dtype, adds):
+    norm = ChannelRMSNorm(D)
+    randomize(norm)
+    norm = norm.to(dtype).requires_grad_(False)
+    change, x = (channels_last(B, D, 3, 5, dtype=dtype) for _ in range(2))
+    out = pixels.rms_norm(change, norm.weight, norm.bias, norm.eps, add_to=x if adds else None)
+    reference = copy.deepcopy(norm).double()(change.double()) + (x.double() if adds else 0)
+    assert error(out, reference) < 3 * roundoff(dtype)
+    assert out.dtype == dtype
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("inputs", "repeats"), [(24, None), (24, 1), (12, 2), (48, 3), (16, 4)])
+def test_phases_in_their_places(dtype, inputs, repeats):
+    conv = torch.nn.Conv2d(inputs, inputs * (repeats or 1) // 4, 3, padding=1)
+    conv = conv.to(dtype).requires_grad_(False)
+    x, kernels = channels_last(B, inputs, 3, 5, dtype=dtype), phase_kernels(conv.weight)
+    phases = F.conv2d(x, kernels, padding=1).contiguous(memory_format=torch.channels_last)
+    out = pixels.interleave(phases, conv.bias, x if repeats else None, repeats or 1)
+    exact = (tensor.double() for tensor in (x, kernels, conv.bias))
+    assert error(out, upsample(*exact, repeats)) < 4 * roundoff(dtype)  # the convolution's rounding, then one
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    out = pixels.interleave(phases.float(), None, None, 1)  # nothing added: every number in its place
+    assert torch.equal(out, upsample_of(phases.float()))
+
+
+def upsample_of(phases):
+    """Each phase (B,C,H+1,W+1) from its own first row and column on, in its places of the large grid."""
+    parts = phases.unflatten(1, (2, 2, -1))
+    rows, columns = phases.shape[2] - 1, phases.shape[3] - 1
+    out = phases.new_empty(len(phases), parts.shape[3], 2 * rows, 2 * columns)
+    for a in range(2):
+        for b in range(2):
+            out[:, :, a::2, b::2] = parts[:, a, b, :, a : a + rows, b : b + columns]
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bias_and_silu(dtype):
+    x, bias = channels_last(B, D, 3, 5, dtype=dtype), torch.randn(D).to(dtype)
+    reference = F.silu(x.double() + bias.double()[:, None, None])
+    assert error(pixels.silu(x, bias), reference) < 3 * roundoff(dtype)
+
+
+@pytest.mark.parametrize("name", list(AUTOENCODERS))
+@pytest.mark.usefixtures("on_any_device")
+@torch.no_grad()
+def test_a_fused_autoencoder_is_the_plain_one(name):
+    model = AutoencoderDC(AutoencoderConfig(**AUTOENCODERS[name]))
+    randomize(model)
+    model = model.eval()
+    ratio = model.spatial_compression_ratio
+    picture = torch.randn(1, model.config.in_channels, 4 * ratio, 2 * ratio)
+    latent = model.encode(picture)
+    plain = model.decode(latent)
+    use_fused_pixels(model, True)
+    calls = []
+    for module in model.modules():
+        if isinstance(module, Fusible):
+            run = module.fused
+            module.fused = lambda *args, run=run: calls.append((args[0], run(*args))) or calls[-1][1]
+    assert error(model.encode(picture), latent) < 64 * roundoff(torch.float32)
+    assert error(model.decode(latent), plain) < 64 * roundoff(torch.float32)
+    assert len(calls) > 0
+    # Of activations there is a kernel for the published one.
+    plain_ones = {type(block.nonlinearity) for block, out in calls if out is None}
+    assert torch.nn.SiLU not in plain_ones
+    use_fused_pixels(model, False)
+    assert torch.equal(model.decode(latent), plain)
+
+
+@torch.no_grad()
+def test_an_autoencoder_on_a_cpu_stays_plain():
+    model = AutoencoderDC(AutoencoderConfig(**next(iter(AUTOENCODERS.values())))).eval()
+    latent = torch.randn(1, model.config.latent_channels, 2, 2)
+    plain = model.decode(latent)
+    use_fused_pixels(model, True)
+    assert torch.equal(model.decode(latent), plain)
 
 
 # ----- on the device --------------------------------------------------------------------------------------------------

@@ -10,22 +10,8 @@ import torch
 from sana_sprint.kernels.graphs import TOKENS, StepGraphs
 from sana_sprint.models.transformer import SanaTransformer2DModel, TransformerConfig
 from sana_sprint.pipelines.text_to_image import SanaSprintPipeline
+from tests._graphs import FakeRecorder
 from tests._models import TRANSFORMERS, randomize
-
-
-class FakeRecorder:
-    """Like a graph, a recording sees only what stands in the places that its function read when it was made."""
-
-    def __init__(self):
-        self.recorded = 0
-
-    def __call__(self, function):
-        self.recorded += 1
-        recording = type("Recording", (), {})()
-        recording.output = function()
-        recording.output.fill_(float("nan"))  # capturing computes nothing
-        recording.replay = lambda: recording.output.copy_(function())
-        return recording
 
 
 @pytest.fixture

@@ -64,10 +64,12 @@ def to_rgb(picture: Image.Image, *, background: str = "white") -> Image.Image:
     return picture.convert("RGB")
 
 
-def from_pil(picture: Image.Image, *, background: str = "white") -> Tensor:
-    """A picture of any mode -> fp32 (1,3,H,W) in [-1,1], as `to_rgb` has it."""
-    array = np.array(to_rgb(picture, background=background))
-    return torch.from_numpy(array).permute(2, 0, 1)[None].float().div(127.5).sub(1)
+def from_pil(
+    picture: Image.Image, *, background: str = "white", device: torch.device | None = None
+) -> Tensor:
+    """A picture of any mode -> fp32 (1,3,H,W) in [-1,1] on `device` (None: the CPU), as `to_rgb` has it."""
+    array = torch.from_numpy(np.array(to_rgb(picture, background=background))).to(device)
+    return array.permute(2, 0, 1)[None].float().div(127.5).sub(1)
 
 
 def resize_and_crop(

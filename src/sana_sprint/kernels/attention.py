@@ -15,6 +15,7 @@ from torch import Tensor
 from sana_sprint.kernels.norms import inverse_rms
 
 TOKENS_PER_SPLIT = 256  # at batch 1 and 1024 tokens, 70 heads alone would leave half of a large GPU idle
+MOST_SPLITS = 16  # every block of queries reads the sums of all
 
 
 def linear_attention(
@@ -36,31 +37,57 @@ def linear_attention(
         norms: weights (D,) of the RMS norms of q and k, over all heads together, and their eps; None for none.
         block_n: tokens that a program handles at a time, a power of 2 from 16 up.
     """
-    B, N, D = q.shape  # noqa: N806 (axis letters)
-    E = D // num_heads  # noqa: N806
-    block_e = max(16, triton.next_power_of_2(E))
-    splits = triton.cdiv(N, TOKENS_PER_SPLIT)
-    inverse = q if norms is None else inverse_rms(q, k, norms[2])
-    q_weight, k_weight = (q, k) if norms is None else norms[:2]
-    sums = torch.empty(B, num_heads, splits, block_e + 1, block_e, dtype=torch.float32, device=q.device)
     out = torch.empty_like(v)
+    heads = [x.unflatten(-1, (num_heads, -1)) for x in (q, k, v, out)]
+    attend_heads(*heads, eps=eps, norms=norms, inverse=norms and inverse_rms(q, k, norms[2]), block_n=block_n)
+    return out
+
+
+def attend_heads(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    *,
+    eps: float,
+    norms: tuple[Tensor, Tensor, float] | None = None,
+    inverse: Tensor | None = None,
+    block_n: int = 64,
+) -> None:
+    """Linear attention of heads wherever they lie, into `out`.
+
+    Args:
+        q, k, v: (B,N,K,E) of one dtype and the same strides, a head's channels side by side.
+        out: (B,N,K,E), its channels side by side.
+        eps, norms, block_n: see `linear_attention`.
+        inverse: with norms, what `norms.inverse_rms` says of q and k.
+    """
+    B, N, K, E = q.shape  # noqa: N806 (axis letters)
+    assert q.stride() == k.stride() == v.stride()
+    assert q.stride(-1) == out.stride(-1) == 1
+    block_e = max(16, triton.next_power_of_2(E))
+    chunk = max(TOKENS_PER_SPLIT, triton.cdiv(triton.cdiv(N, MOST_SPLITS), block_n) * block_n)
+    splits = triton.cdiv(N, chunk)
+    q_weight, k_weight = (q, k) if norms is None else norms[:2]
+    inverse = q if inverse is None else inverse
+    sums = torch.empty(B, K, splits, block_e + 1, block_e, dtype=torch.float32, device=q.device)
+    strides = q.stride()[:3]
     shape = {"head_dim": E, "block_e": block_e, "block_n": block_n, "has_norm": norms is not None}
-    _sum_tokens[(splits, num_heads, B)](
+    _sum_tokens[(splits, K, B)](
         k,
         v,
         k_weight,
         inverse,
         sums,
         N,
-        num_heads,
-        chunk=TOKENS_PER_SPLIT,
+        *strides,
+        chunk=chunk,
         precision="ieee" if k.dtype == torch.float32 else "tf32",
         **shape,
     )
-    _attend[(triton.cdiv(N, block_n), num_heads, B)](
-        q, q_weight, inverse, sums, out, N, num_heads, eps, splits=splits, **shape
+    _attend[(triton.cdiv(N, block_n), K, B)](
+        q, q_weight, inverse, sums, out, N, *strides, *out.stride()[:3], eps, splits=splits, **shape
     )
-    return out
 
 
 @triton.jit
@@ -82,7 +109,9 @@ def _sum_tokens(
     inverse_ptr,
     sums_ptr,
     tokens,
-    num_heads,
+    image_stride,
+    token_stride,
+    head_stride,
     chunk: tl.constexpr,
     precision: tl.constexpr,
     head_dim: tl.constexpr,
@@ -92,7 +121,7 @@ def _sum_tokens(
 ):
     """Over a chunk of tokens, for a head: sum relu(k)^T v (E,E), and below it sum relu(k) (E)."""
     split, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    images = tl.num_programs(2)
+    num_heads, images = tl.num_programs(1), tl.num_programs(2)
     inner = tl.arange(0, block_e)
     inner_ok = inner < head_dim
     channels = head * head_dim + inner
@@ -102,7 +131,8 @@ def _sum_tokens(
         token = split * chunk + start + tl.arange(0, block_n)
         token_ok = token < tokens
         rows = batch.to(tl.int64) * tokens + token
-        place = rows[:, None] * (num_heads * head_dim) + channels[None, :]
+        start_of_head = batch.to(tl.int64) * image_stride + head.to(tl.int64) * head_stride
+        place = start_of_head + token.to(tl.int64)[:, None] * token_stride + inner[None, :]
         ok = token_ok[:, None] & inner_ok[None, :]
         k = tl.load(k_ptr + place, mask=ok, other=0.0)
         v = tl.load(v_ptr + place, mask=ok, other=0.0)
@@ -123,7 +153,12 @@ def _attend(
     sums_ptr,
     out_ptr,
     tokens,
-    num_heads,
+    image_stride,
+    token_stride,
+    head_stride,
+    out_image_stride,
+    out_token_stride,
+    out_head_stride,
     eps,
     splits: tl.constexpr,
     head_dim: tl.constexpr,
@@ -133,6 +168,7 @@ def _attend(
 ):
     """For a block of tokens of a head: relu(q) times the sums over all tokens, normalised."""
     head, batch = tl.program_id(1), tl.program_id(2)
+    num_heads = tl.num_programs(1)
     inner = tl.arange(0, block_e)
     inner_ok = inner < head_dim
     channels = head * head_dim + inner
@@ -145,11 +181,14 @@ def _attend(
     token = tl.program_id(0) * block_n + tl.arange(0, block_n)
     token_ok = token < tokens
     rows = batch.to(tl.int64) * tokens + token
-    place = rows[:, None] * (num_heads * head_dim) + channels[None, :]
     ok = token_ok[:, None] & inner_ok[None, :]
+    start_of_head = batch.to(tl.int64) * image_stride + head.to(tl.int64) * head_stride
+    place = start_of_head + token.to(tl.int64)[:, None] * token_stride + inner[None, :]
     q = tl.load(q_ptr + place, mask=ok, other=0.0)
     q = _features(q, weight_ptr, inverse_ptr, rows, token_ok, channels, inner_ok, has_norm)
     numerator = tl.dot(q, products, input_precision="ieee")
     denominator = tl.sum(q * keys[None, :], 1) + eps
     out = numerator / denominator[:, None]
+    start_of_head = batch.to(tl.int64) * out_image_stride + head.to(tl.int64) * out_head_stride
+    place = start_of_head + token.to(tl.int64)[:, None] * out_token_stride + inner[None, :]
     tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=ok)

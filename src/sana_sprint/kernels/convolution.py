@@ -17,7 +17,7 @@ def gated_depthwise(
     bias: Tensor,
     grid: tuple[int, int],
     *,
-    block_w: int = 16,
+    block_w: int = 8,
     block_c: int = 64,
     rows: int = 8,
     num_warps: int = 4,

@@ -30,7 +30,7 @@ from sana_sprint.models.layers import (
 
 OLDEST_CAPABILITY = (8, 0)  # Ampere: bf16 and tf32 products
 LARGEST_HEAD_DIM = 128  # of linear attention: its sums over tokens stay in registers
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def use_fused_kernels(model: SanaBlocks, enabled: bool) -> None:
@@ -39,12 +39,18 @@ def use_fused_kernels(model: SanaBlocks, enabled: bool) -> None:
     Raises:
         ValueError: if enabled and Triton is not installed.
     """
-    if enabled and find_spec("triton") is None:
+    if enabled:
+        check_triton()
+    for block in model.blocks:
+        block.fused = fused_block if enabled else None
+
+
+def check_triton() -> None:
+    """Raise ValueError if Triton is not installed."""
+    if find_spec("triton") is None:
         raise ValueError(
             "fused kernels need Triton, which comes with torch's CUDA builds: pip install triton"
         )
-    for block in model.blocks:
-        block.fused = fused_block if enabled else None
 
 
 def applies(block: SanaTransformerBlock, x: Tensor) -> bool:
@@ -55,7 +61,7 @@ def applies(block: SanaTransformerBlock, x: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
-        and x.dtype in _DTYPES
+        and x.dtype in DTYPES
         and x.dtype == block.scale_shift_table.dtype == product_dtype(block.scale_shift_table)
         and not block.norm2.elementwise_affine
         and block.attn2.fused

@@ -1,8 +1,8 @@
-"""Transformer steps as CUDA graphs: recorded once for a shape, then launched as a whole.
+"""Models as CUDA graphs: recorded once for a shape, then launched as a whole.
 
-A step of the 1.6B model is a thousand launches, which at batch 1 take longer than what they launch. A graph reads its
-inputs from fixed places, into which each call copies its own. Captions have any number of tokens: they are padded to a
-multiple of `TOKENS`, and padding gets weight exactly 0, so few graphs serve all.
+A step of the 1.6B transformer is a thousand launches, a prompt through Gemma two thousand, and at batch 1 they take longer
+than what they launch. A graph reads its inputs from fixed places, into which each call copies its own. Captions have any
+number of tokens: they are padded to a multiple of `TOKENS`, and padding gets weight exactly 0, so few graphs serve all.
 
 A graph remembers addresses. It is found again only for the same weights, so LoRAs, a cast or a move make new ones.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -38,8 +38,8 @@ class Recording(Protocol):
 Recorder = Callable[[Callable[[], Tensor]], Recording]
 
 
-class StepGraphs:
-    """The recorded steps of a model and of its copies with other LoRA strengths. Threads may share it."""
+class _Graphs:
+    """Recordings by key, of which the one unused for longest makes room. Threads may share it."""
 
     def __init__(
         self, limit: int = DEFAULT_LIMIT, *, record: Recorder | None = None, device_type: str = "cuda"
@@ -54,60 +54,35 @@ class StepGraphs:
         self.limit = limit
         self._record = CudaRecorder() if record is None else record
         self._device_type = device_type
-        self._steps: OrderedDict[Hashable, _Step] = OrderedDict()
+        self._kept: OrderedDict[Hashable, Any] = OrderedDict()
         self._lock = threading.Lock()
         self._last: torch.cuda.Event | None = None
 
     def __len__(self) -> int:
-        return len(self._steps)
+        return len(self._kept)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.limit,)  # a copied model records graphs of its own
 
-    def __call__(
-        self,
-        model: SanaTransformer2DModel,
-        latent: Tensor,
-        timestep: Tensor,
-        context: CaptionContext,
-        guidance: Tensor | None,
-    ) -> Tensor | None:
-        """What `model.evaluate` returns, or None where graphs do not apply: training, compiling, another device."""
-        if (
-            latent.device.type != self._device_type
+    @staticmethod
+    def bucket(tokens: int) -> int:
+        """The number of tokens up to which a caption is padded."""
+        return -(-tokens // TOKENS) * TOKENS
+
+    def _applies(self, x: Tensor, models: Sequence[nn.Module]) -> bool:
+        return not (
+            x.device.type != self._device_type
             or torch.is_grad_enabled()
-            or model.training
+            or any(model.training for model in models)
             or torch.compiler.is_compiling()
-        ):
-            return None
-        tokens = -(-context.keys[0].shape[2] // TOKENS) * TOKENS
-        has_bias = context.bias is not None or context.keys[0].shape[2] != tokens
-        key = (
-            *(None if x is None else (x.shape, x.dtype) for x in (latent, timestep, guidance)),
-            (latent.device, context.keys[0].dtype, tokens, has_bias),
-            tuple(block.fused for block in model.blocks),
-            _addresses(model),
+            or (x.is_cuda and torch.cuda.is_current_stream_capturing())  # part of another recording
         )
-        with self._lock, self._in_turn(latent.device):
-            step = self._steps.get(key)
-            if step is None:
-                self._make_room()
-                step = _Step.like(latent, timestep, context, guidance, tokens, has_bias)
-                step.fill(latent, timestep, context, guidance)
-                step.recording = self._record(lambda: step.run(model))
-                self._steps[key] = step
-            else:
-                step.fill(latent, timestep, context, guidance)
-            self._steps.move_to_end(key)
-            assert step.recording is not None
-            step.recording.replay()
-            return step.recording.output.clone()
 
     def _make_room(self) -> None:
-        while len(self._steps) >= self.limit:
+        while len(self._kept) >= self.limit:
             if self._device_type == "cuda":
                 torch.cuda.synchronize()  # the graph that goes may still be running
-            self._steps.popitem(last=False)
+            self._kept.popitem(last=False)
 
     @contextmanager
     def _in_turn(self, device: torch.device) -> Iterator[None]:
@@ -121,6 +96,96 @@ class StepGraphs:
                 stream.wait_event(self._last)
             yield
             self._last = stream.record_event()
+
+
+class CallGraphs(_Graphs):
+    """Recorded calls of any function of tensors, such as a decoder."""
+
+    def __call__(
+        self, key: Hashable, models: Sequence[nn.Module], function: Callable[..., Tensor], *inputs: Tensor
+    ) -> Tensor | None:
+        """`function(*inputs)`, or None where graphs do not apply: training, compiling, another device.
+
+        Args:
+            key: what the function depends on beside its inputs and the models' weights. What it reads and is neither
+                must not change, and stays alive as long as the recording.
+            models: whose weights the function uses.
+            function: of tensors on one device to a tensor.
+            inputs: its arguments; another shape or dtype is another recording.
+        """
+        if not self._applies(inputs[0], models):
+            return None
+        device = inputs[0].device
+        shapes = tuple((x.shape, x.stride(), x.dtype) for x in inputs)
+        whole = (key, shapes, device, _addresses(models))
+        with self._lock, self._in_turn(device):
+            call = self._kept.get(whole)
+            if call is None:
+                self._make_room()
+                places = tuple(torch.empty_like(x) for x in inputs)
+                call = _Call(places, function)
+                call.fill(inputs)
+                call.recording = self._record(call.run)
+                self._kept[whole] = call
+            else:
+                call.fill(inputs)
+            self._kept.move_to_end(whole)
+            call.recording.replay()
+            out: Tensor = call.recording.output.clone()
+            return out
+
+
+@dataclass
+class _Call:
+    """The fixed places of a call's inputs, and its recording. It keeps the function, and so what that refers to."""
+
+    places: tuple[Tensor, ...]
+    function: Callable[..., Tensor]
+    recording: Any = None
+
+    def fill(self, inputs: tuple[Tensor, ...]) -> None:
+        torch._foreach_copy_(list(self.places), list(inputs))
+
+    def run(self) -> Tensor:
+        return self.function(*self.places)
+
+
+class StepGraphs(_Graphs):
+    """The recorded steps of a transformer and of its copies with other LoRA strengths."""
+
+    def __call__(
+        self,
+        model: SanaTransformer2DModel,
+        latent: Tensor,
+        timestep: Tensor,
+        context: CaptionContext,
+        guidance: Tensor | None,
+    ) -> Tensor | None:
+        """What `model.evaluate` returns, or None where graphs do not apply: training, compiling, another device."""
+        if not self._applies(latent, (model,)):
+            return None
+        tokens = self.bucket(context.keys[0].shape[2])
+        has_bias = context.bias is not None or context.keys[0].shape[2] != tokens
+        key = (
+            *(None if x is None else (x.shape, x.dtype) for x in (latent, timestep, guidance)),
+            (latent.device, context.keys[0].dtype, tokens, has_bias),
+            tuple(block.fused for block in model.blocks),
+            _addresses((model,)),
+        )
+        with self._lock, self._in_turn(latent.device):
+            step = self._kept.get(key)
+            if step is None:
+                self._make_room()
+                step = _Step.like(latent, timestep, context, guidance, tokens, has_bias)
+                step.fill(latent, timestep, context, guidance)
+                step.recording = self._record(lambda: step.run(model))
+                self._kept[key] = step
+            else:
+                step.fill(latent, timestep, context, guidance)
+            self._kept.move_to_end(key)
+            assert step.recording is not None
+            step.recording.replay()
+            return step.recording.output.clone()
 
 
 class CudaRecorder:
@@ -211,10 +276,10 @@ class _Step:
         return model.evaluate(self.latent, self.timestep, self.context, self.guidance)
 
 
-def _addresses(model: nn.Module) -> int:
-    """Changes if any weight of the model is replaced, rather than written to."""
+def _addresses(models: Sequence[nn.Module]) -> int:
+    """Changes if any weight of the models is replaced, rather than written to."""
     addresses = []
-    todo = [model]
+    todo = list(models)
     while todo:  # `model.parameters()` makes names and takes five times as long, in every step
         module = todo.pop()
         todo += [child for child in module._modules.values() if child is not None]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -31,6 +32,10 @@ from sana_sprint.models.tiling import Tiling, run_tiled
 
 _BLOCKS = ("EfficientViTBlock", "ResBlock")
 # The published default, 512 px, shows its tiles in flat skies; 1024 px is the size DC-AE is used at in one piece.
+_LARGEST_GRID = (
+    2**30
+)  # numbers of the widest one on a GPU, whose kernels are slower at indices of more than 31 bits
+_LARGEST_RECORDED = 2**22  # pixels; launching more of them takes no time worth saving
 _DEFAULT_TILE = 1024
 
 
@@ -114,6 +119,8 @@ class AutoencoderDC(nn.Module):
         self.spatial_compression_ratio: int = 2 ** (len(config.encoder_block_out_channels) - 1)
         self.use_slicing = False
         self.tiling: Tiling | None = None
+        self.graphs: Callable[..., Tensor | None] | None = None  # see `sana_sprint.kernels.graphs.CallGraphs`
+        self.is_fused = False  # see `sana_sprint.kernels.fused_pixels`
 
     @property
     def dtype(self) -> torch.dtype:
@@ -191,14 +198,29 @@ class AutoencoderDC(nn.Module):
             return overlap
         return tile // 4 // self.spatial_compression_ratio * self.spatial_compression_ratio
 
-    def _run(self, network: Callable[[Tensor], Tensor], x: Tensor, *, in_step: int, out_step: int) -> Tensor:
+    def _run(self, network: nn.Module, x: Tensor, *, in_step: int, out_step: int) -> Tensor:
         if self.use_slicing and len(x) > 1:
             return torch.cat(
                 [self._run(network, one, in_step=in_step, out_step=out_step) for one in x.chunk(len(x))]
             )
-        if self.tiling is None:
-            return network(x)
-        return run_tiled(network, x, self.tiling, in_step=in_step, out_step=out_step)
+        step = self.spatial_compression_ratio // in_step  # pixels of a picture for one of x
+        if self.tiling is not None:
+            run = partial(self._launch, network, step=step)
+            return run_tiled(run, x, self.tiling, in_step=in_step, out_step=out_step)
+        widest = x.shape[2] * x.shape[3] * step**2 * self.config.decoder_block_out_channels[0]
+        if x.is_cuda and len(x) * widest > _LARGEST_GRID:
+            parts = torch.split(x, max(1, _LARGEST_GRID // widest))
+            return torch.cat([self._launch(network, part, step=step) for part in parts])
+        return self._launch(network, x, step=step)
+
+    def _launch(self, network: nn.Module, x: Tensor, *, step: int) -> Tensor:
+        """The network's result: by a recording, where these are on and launching takes a large part of the time."""
+        if self.graphs is not None and len(x) * x.shape[2] * x.shape[3] * step**2 <= _LARGEST_RECORDED:
+            out = self.graphs(self.is_fused, (network,), network, x)
+            if out is not None:
+                return out
+        result: Tensor = network(x)
+        return result
 
 
 class Encoder(nn.Module):
@@ -281,8 +303,12 @@ class Decoder(nn.Module):
             x = x + repeat_channels(latent, self.in_repeats)
         for stage in reversed(self.up_blocks):
             x = stage(x)
-        # Nobody else holds the last block's result, so it may be written over.
-        image: Tensor = self.conv_out(over_pixels(lambda x: self.conv_act(self.norm_out.pixels(x)), x))
+        normed = self.norm_out.by_kernel(x)
+        if normed is not None:
+            x = self.conv_act(normed)
+        else:  # nobody else holds the last block's result, so it may be written over
+            x = over_pixels(lambda x: self.conv_act(self.norm_out.pixels(x)), x)
+        image: Tensor = self.conv_out(x)
         return image
 
 

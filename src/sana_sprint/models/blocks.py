@@ -6,12 +6,13 @@ Attribute names are checkpoint keys of the published models, config fields those
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .layers import (
@@ -134,9 +135,36 @@ class CaptionContext:
     values: tuple[Tensor, ...]
     bias: Tensor | None
 
+    @classmethod
+    def from_tensors(cls, tensors: Sequence[Tensor]) -> CaptionContext:
+        """What `tensors` returned."""
+        half = len(tensors) // 2
+        return cls(tuple(tensors[:half]), tuple(tensors[half:-1]), tensors[-1])
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Keys, values and the bias, which must not be None."""
+        assert self.bias is not None
+        return *self.keys, *self.values, self.bias
+
     @property
     def batch_size(self) -> int:
         return self.keys[0].shape[0]
+
+    def padded(self, tokens: int) -> CaptionContext:
+        """Of so many tokens: what is added has weight exactly 0. The bias is never None."""
+        batch, _, length, _ = self.keys[0].shape
+        bias = (
+            self.keys[0].new_zeros(batch, 1, 1, length, dtype=torch.float32)
+            if self.bias is None
+            else self.bias
+        )
+        more = (0, 0, 0, tokens - length)
+        return CaptionContext(
+            keys=tuple(F.pad(key, more) for key in self.keys),
+            values=tuple(F.pad(value, more) for value in self.values),
+            bias=F.pad(bias, (0, tokens - length), value=float("-inf")),
+        )
 
     def index(self, rows: Tensor) -> CaptionContext:
         """The captions at `rows` (integers, any number, repetitions allowed)."""

@@ -13,6 +13,7 @@ Axes: B batch, C latent channels, H W token grid, N = H*W image tokens, L text t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
@@ -75,6 +76,7 @@ class SanaControlNetModel(SanaBlocks):
 
     config: ControlNetConfig
     config_class = ControlNetConfig
+    graphs: Callable[..., Tensor | None] | None = None  # see `sana_sprint.kernels.graphs.CallGraphs`
     published_class_name = "SanaControlNetModel"
 
     def __init__(self, config: ControlNetConfig) -> None:

@@ -25,10 +25,24 @@ from sana_sprint.models.frugal import (
 from sana_sprint.models.layers import autocast_off, wide_dtype
 from sana_sprint.models.upsampling import PhaseKernels, upsample
 
-_EPS = 1e-15  # keeps linear attention's quotient defined where every ReLU feature is zero
+ATTENTION_EPS = 1e-15  # keeps linear attention's quotient defined where every ReLU feature is zero
 
 
-class ChannelRMSNorm(nn.Module):
+class Fusible(nn.Module):
+    """A layer of which a part may run as a fused kernel.
+
+    `fused`, if set, is asked first: with the layer and that part's arguments it gives the same result faster, or None
+    where it does not apply; see `sana_sprint.kernels.fused_pixels`.
+    """
+
+    fused: Callable[..., Tensor | None] | None = None
+
+    def by_kernel(self, *arguments: Any) -> Tensor | None:
+        """What `fused` makes of these, if it is set."""
+        return None if self.fused is None else self.fused(self, *arguments)
+
+
+class ChannelRMSNorm(Fusible):
     """RMS normalisation over the channels of each pixel, with weight and bias; statistics in fp32."""
 
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
@@ -66,10 +80,12 @@ def add_normed(norm: nn.Module, change: Tensor, x: Tensor) -> Tensor:
     if not isinstance(norm, ChannelRMSNorm):
         out: Tensor = x + norm(change)
         return out
+    if (fused := norm.by_kernel(change, x)) is not None:
+        return fused
     return over_pixels(lambda change, x: x + norm.pixels(change), change, x)
 
 
-class ResBlock(nn.Module):
+class ResBlock(Fusible):
     """x + norm(conv3x3(act(conv3x3(x))))."""
 
     def __init__(self, channels: int, norm: str, activation: str) -> None:
@@ -83,7 +99,10 @@ class ResBlock(nn.Module):
         plain = isinstance(self.conv1, nn.Conv2d) and isinstance(self.conv2, nn.Conv2d)  # not quantised
         if plain and needs_strips(x, x.shape[1]):
             return by_strips(self._rows, x, x.shape[1])
-        return add_normed(self.norm, self.conv2(over_pixels(self.nonlinearity, self.conv1(x))), x)
+        hidden = self.by_kernel(x)
+        if hidden is None:
+            hidden = over_pixels(self.nonlinearity, self.conv1(x))
+        return add_normed(self.norm, self.conv2(hidden), x)
 
     def _rows(self, x: Tensor, first: int, last: int) -> Tensor:
         """Rows first to last - 1 of the result."""
@@ -107,7 +126,7 @@ class EfficientViTBlock(nn.Module):
         return out
 
 
-class MultiscaleLinearAttention(nn.Module):
+class MultiscaleLinearAttention(Fusible):
     """ReLU linear attention over all pixels; q, k, v also seen through depthwise kernels of given (odd) sizes."""
 
     def __init__(self, channels: int, head_dim: int, kernel_sizes: tuple[int, ...], norm: str) -> None:
@@ -118,7 +137,7 @@ class MultiscaleLinearAttention(nn.Module):
         self.to_q = nn.Linear(channels, inner, bias=False)
         self.to_k = nn.Linear(channels, inner, bias=False)
         self.to_v = nn.Linear(channels, inner, bias=False)
-        self.to_qkv_multiscale = nn.ModuleList(_QKVScale(inner, num_heads, size) for size in kernel_sizes)
+        self.to_qkv_multiscale = nn.ModuleList(QKVScale(inner, num_heads, size) for size in kernel_sizes)
         self.to_out = nn.Linear(inner * (1 + len(kernel_sizes)), channels, bias=False)
         self.norm_out = NORMS[norm](channels)
 
@@ -126,8 +145,11 @@ class MultiscaleLinearAttention(nn.Module):
         height, width = x.shape[-2:]
         pixels = x.movedim(1, -1)
         qkv = torch.cat([self.to_q(pixels), self.to_k(pixels), self.to_v(pixels)], dim=-1).movedim(-1, 1)
-        mixed = [self._mix(scale) for scale in (qkv, *(scale(qkv) for scale in self.to_qkv_multiscale))]
-        change = self.to_out(torch.unflatten(torch.cat(mixed, dim=-1), 1, (height, width))).movedim(-1, 1)
+        mixed = self.by_kernel(qkv)
+        if mixed is None:
+            scales = (qkv, *(scale(qkv) for scale in self.to_qkv_multiscale))
+            mixed = torch.cat([self._mix(scale) for scale in scales], dim=-1)
+        change = self.to_out(torch.unflatten(mixed, 1, (height, width))).movedim(-1, 1)
         return add_normed(self.norm_out, change, x)
 
     def _mix(self, qkv: Tensor) -> Tensor:
@@ -141,7 +163,7 @@ class MultiscaleLinearAttention(nn.Module):
         return mixed.transpose(1, 2).flatten(2)
 
 
-class _QKVScale(nn.Module):
+class QKVScale(nn.Module):
     """q, k and v aggregated over a neighbourhood: depthwise kernel, then a 1x1 mix within each head."""
 
     def __init__(self, inner: int, num_heads: int, kernel_size: int) -> None:
@@ -168,10 +190,10 @@ def linear_attention(heads: Tensor) -> Tensor:
         q, k, v = wide.chunk(3, dim=-1)
         q, k = torch.relu(q), torch.relu(k)
         weight = q @ k.sum(dim=-2).unsqueeze(-1)  # (B,heads,N,1)
-        return (q @ (k.transpose(-1, -2) @ v) / (weight + _EPS)).to(heads.dtype)
+        return (q @ (k.transpose(-1, -2) @ v) / (weight + ATTENTION_EPS)).to(heads.dtype)
 
 
-class GatedConv(nn.Module):
+class GatedConv(Fusible):
     """GLUMBConv with residual and norm: 1x1 expand, SiLU, depthwise 3x3, gate, 1x1, RMS norm."""
 
     def __init__(self, channels: int, expand_ratio: int = 4) -> None:
@@ -186,6 +208,9 @@ class GatedConv(nn.Module):
         hidden = self.conv_depth.weight.shape[0]
         if needs_strips(x, hidden):
             return by_strips(self._rows, x, hidden)
+        gated = self.by_kernel(x)
+        if gated is not None:
+            return add_normed(self.norm, self.conv_point(gated), x)
         return self._contract(self.conv_depth(self._expand(x)), x)
 
     def _rows(self, x: Tensor, first: int, last: int) -> Tensor:
@@ -226,7 +251,7 @@ class DownBlock(nn.Module):
         return y + _average_groups(x, self.out_channels) if self.shortcut else y
 
 
-class UpBlock(nn.Module):
+class UpBlock(Fusible):
     """Doubles the grid by convolution; a parameter-free shortcut duplicates channels into pixels.
 
     Without gradients, repeating each pixel and convolving the result is done as four 2x2 convolutions of the small grid
@@ -245,7 +270,9 @@ class UpBlock(nn.Module):
         if self.interpolate:
             if is_inference(x) and isinstance(self.conv, nn.Conv2d):
                 kernels = self.phases.of(self.conv)
-                return upsample(x, kernels, self.conv.bias, self.repeats if self.shortcut else None)
+                repeats = self.repeats if self.shortcut else None
+                fused = self.by_kernel(x, kernels, self.conv.bias, repeats)
+                return upsample(x, kernels, self.conv.bias, repeats) if fused is None else fused
             self.phases.forget()  # the weights may be about to change, and fused optimizers leave no trace
             y: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
             return y + channels_to_space(repeat_channels(x, self.repeats)) if self.shortcut else y

@@ -52,6 +52,23 @@ def stored_prefix(model: Gemma2Model, ids: tuple[int, ...]) -> Prefix:
     return Prefix(tensors["keys"].unbind(), tensors["values"].unbind(), tensors["bos"])
 
 
+def continue_prefix(model: Gemma2Model, prefix: Prefix, length: int, ids: Tensor) -> Tensor:
+    """Hidden states (B,L,D) of tokens (B,L) that follow the prefix's first `length`."""
+    cache = start_cache(prefix, length, batch_size=len(ids))
+    window = model.config.sliding_window
+    total = length + ids.shape[1]
+    masks: Any = None
+    if window is None or total <= window:  # every layer sees all that came before
+        # transformers' own way to this mask copies from the CPU, which a CUDA graph must not.
+        lowest = torch.finfo(model.dtype).min
+        mask = torch.full((1, 1, ids.shape[1], total), lowest, dtype=model.dtype, device=ids.device)
+        masks = dict.fromkeys(("full_attention", "sliding_attention"), mask.triu(length + 1))
+    # A mask for each kind of layer is taken as it is.
+    out = model(input_ids=ids, attention_mask=masks, past_key_values=cache, use_cache=True)
+    hidden: Tensor = out.last_hidden_state
+    return hidden
+
+
 def start_cache(prefix: Prefix, length: int, *, batch_size: int) -> DynamicCache:
     """A fresh cache that begins with views of the prefix's first tokens; growing, its layers replace them."""
     from transformers.cache_utils import DynamicCache, DynamicLayer

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sana_sprint.models.prefix import Prefix, autocast_dtype, run_prefix, start_cache, stored_prefix
+from sana_sprint.models.prefix import Prefix, autocast_dtype, continue_prefix, run_prefix, stored_prefix
 from sana_sprint.prompts import (
     DEFAULT_MAX_SEQUENCE_LENGTH,
     TokenWindow,
@@ -79,6 +79,8 @@ class PromptEncoder:
     With gradients enabled or in train mode nothing is kept, and what was is dropped: the instruction runs
     once per call, for the whole batch, and gradients flow through it. With gradient checkpointing, which
     allows no cache, whole sequences are run.
+
+    If the model has an attribute `graphs`, prompts go through it, see `sana_sprint.kernels.graphs.CallGraphs`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, text_encoder: Gemma2Model) -> None:
@@ -170,10 +172,27 @@ class PromptEncoder:
             hidden = model(input_ids=new, use_cache=False).last_hidden_state
             return torch.cat([hidden[:, :1], hidden[:, window.start :]], dim=1)
         prefix = self._prefix(tokens.prefix)
-        cache = start_cache(prefix, shared, batch_size=len(tokens.rows))
-        hidden = model(input_ids=new, past_key_values=cache, use_cache=True).last_hidden_state
+        hidden = self._continued(prefix, shared, new)
         bos = prefix.bos.expand(len(tokens.rows), -1, -1)
         return torch.cat([bos, hidden[:, window.start - shared :]], dim=1)
+
+    def _continued(self, prefix: Prefix, shared: int, new: Tensor) -> Tensor:
+        """Hidden states of tokens (B,L) that follow the first `shared` of the prefix: by a recording, if there are any."""
+        model = self.text_encoder
+
+        def run(ids: Tensor) -> Tensor:
+            return continue_prefix(model, prefix, shared, ids)
+
+        graphs: Any = getattr(model, "graphs", None)
+        if graphs is not None and self._may_keep():
+            length = new.shape[1]
+            # As without: no token sees the padding behind it.
+            padded = nn.functional.pad(new, (0, graphs.bucket(length) - length))
+            key = (id(prefix), shared, autocast_dtype(model.device))
+            hidden: Tensor | None = graphs(key, (model,), run, padded)
+            if hidden is not None:
+                return hidden[:, :length]
+        return run(new)
 
     def _may_keep(self) -> bool:
         return not torch.is_grad_enabled() and not self.text_encoder.training

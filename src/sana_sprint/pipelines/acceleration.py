@@ -5,16 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from sana_sprint.kernels.fused import use_fused_kernels
-from sana_sprint.kernels.graphs import DEFAULT_LIMIT, StepGraphs
+from sana_sprint.kernels.fused_pixels import use_fused_pixels
+from sana_sprint.kernels.graphs import DEFAULT_LIMIT, CallGraphs, StepGraphs
 
 
 class AccelerationMethods:
     """None of these methods may run while the pipeline is drawing."""
 
     transformer: Any
+    text_encoder: Any
+    vae: Any
 
     def enable_fused_kernels(self, enabled: bool = True) -> None:
-        """Run the transformer's memory-bound operations, and those of a control branch, as fused Triton kernels.
+        """Run the memory-bound operations of transformer, autoencoder and control branch as fused Triton kernels.
 
         They serve inference on GPUs from Ampere on; everything else runs as without them, so this may stay on.
 
@@ -24,21 +27,26 @@ class AccelerationMethods:
         for model in (self._accelerated(), getattr(self, "controlnet", None)):
             if model is not None:
                 use_fused_kernels(model, enabled)
+        if self.vae is not None:
+            use_fused_pixels(self.vae, enabled)
 
     def enable_cuda_graphs(self, enabled: bool = True, *, limit: int = DEFAULT_LIMIT) -> None:
-        """Record each new shape of a transformer step as a CUDA graph, and launch it as a whole from then on.
+        """Record each new shape of what the models do as a CUDA graph, and launch it as a whole from then on.
 
-        Shapes differ in batch, size and the caption's tokens, rounded up to 32. Steps that follow a picture, training and
-        other devices run as without.
+        Shapes differ in batch, size and the caption's tokens, rounded up to 32. Training and other devices run as without,
+        and so do pictures of more than four times 1024 x 1024 pixels at once, where launching takes no time worth saving.
 
         Args:
             enabled: False forgets all graphs.
-            limit: graphs kept; the one unused for longest makes room.
+            limit: graphs kept for each model; the one unused for longest makes room.
 
         Raises:
             ValueError: for a limit below 1, or if there is no transformer.
         """
         self._accelerated().graphs = StepGraphs(limit) if enabled else None
+        for model in (self.text_encoder, self.vae, getattr(self, "controlnet", None)):
+            if model is not None:
+                model.graphs = CallGraphs(limit) if enabled else None
 
     def _accelerated(self) -> Any:
         if self.transformer is None:

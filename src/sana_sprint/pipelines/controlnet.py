@@ -12,6 +12,7 @@ from torch import Tensor
 from sana_sprint.conditions import Picture, check_kind, condition_for
 from sana_sprint.images import to_pil
 from sana_sprint.models.controlnet import ControlContext, SanaControlNetModel
+from sana_sprint.models.transformer import CaptionContext
 from sana_sprint.pipelines.base import BasePipeline
 from sana_sprint.pipelines.core import Conditioning, Steer, encode
 from sana_sprint.pipelines.output import Pictures, SanaSprintOutput
@@ -131,7 +132,10 @@ class _Following:
                 f"control_guidance_end {self.end}: the picture would not be followed"
             )
         seen = torch.cat(
-            [condition_for(picture, self.kind, size, thickness=self.thickness) for picture in self.pictures]
+            [
+                condition_for(picture, self.kind, size, thickness=self.thickness, device=self.vae.device)
+                for picture in self.pictures
+            ]
         )
 
         def steer(conditioning: Conditioning) -> Conditioning:
@@ -178,13 +182,63 @@ class _Followed(Conditioning):
         self.control = replace(self.control, captions=_captions(self.controlnet, self, repeats=1))
 
     def velocity(self, x: Tensor, flow_t: Tensor) -> Tensor:
-        control = None
-        if self.step in self.steps and self.scale > 0:
-            own_time = flow_t * self.controlnet.config.time_scale
-            control = self.controlnet.steer(x, own_time, self.control, self.guidance, self.scale)
+        is_following = self.step in self.steps and self.scale > 0
         self.step += 1
-        v: Tensor = self.transformer(x, flow_t, self.context, self.guidance, control)
-        return v
+        if not is_following:
+            return super().velocity(x, flow_t)
+        recorded = self._recorded(x, flow_t)
+        if recorded is not None:
+            return recorded
+        return _follow(
+            self.transformer,
+            self.controlnet,
+            self.scale,
+            x,
+            flow_t,
+            self.guidance,
+            self.context,
+            self.control,
+        )
+
+    def _recorded(self, x: Tensor, flow_t: Tensor) -> Tensor | None:
+        """What `_follow` makes, in one launch; None where there are no recordings."""
+        transformer, controlnet, scale = self.transformer, self.controlnet, self.scale
+        graphs: Any = controlnet.graphs
+        if graphs is None or self.guidance is None:
+            return None
+
+        # Not a method: a recording keeps what its function refers to, and contexts are a call's own.
+        def run(x: Tensor, flow_t: Tensor, guidance: Tensor, condition: Tensor, *flat: Tensor) -> Tensor:
+            split = 2 * transformer.config.num_layers + 1
+            context, captions = (CaptionContext.from_tensors(part) for part in (flat[:split], flat[split:]))
+            control = ControlContext(captions, condition)
+            return _follow(transformer, controlnet, scale, x, flow_t, guidance, context, control)
+
+        tokens = graphs.bucket(self.context.keys[0].shape[2])
+        captions = (self.context.padded(tokens), self.control.captions.padded(tokens))
+        flat = [tensor for each in captions for tensor in each.tensors]
+        key = (scale, transformer.blocks[0].fused, controlnet.blocks[0].fused)
+        inputs = (x, flow_t, self.guidance, self.control.condition, *flat)
+        velocity: Tensor | None = graphs(key, (transformer, controlnet), run, *inputs)
+        return velocity
+
+
+def _follow(
+    transformer: Any,
+    controlnet: SanaControlNetModel,
+    scale: float,
+    x: Tensor,
+    flow_t: Tensor,
+    guidance: Tensor | None,
+    context: CaptionContext,
+    control: ControlContext,
+) -> Tensor:
+    """The flow model of a transformer whose branch follows a picture."""
+    own_time = flow_t * controlnet.config.time_scale
+    velocity: Tensor = transformer(
+        x, flow_t, context, guidance, controlnet.steer(x, own_time, control, guidance, scale)
+    )
+    return velocity
 
 
 def _captions(controlnet: SanaControlNetModel, conditioning: Conditioning, repeats: int) -> Any:

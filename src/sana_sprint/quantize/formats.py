@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -88,13 +89,16 @@ def decode(codes: Tensor, scale: Tensor, preset: str) -> Tensor:
         return codes.to(scale.dtype) * scale
     if kind == "fp8":
         return codes.view(FP8).to(scale.dtype) * scale
-    levels = torch.tensor(PRESETS[preset].levels, dtype=scale.dtype, device=codes.device)
-    byte = torch.arange(256, device=codes.device)
-    both = torch.stack(
-        [levels[byte & 15], levels[byte >> 4]], dim=1
-    )  # one look-up for the two codes of a byte
-    grouped = F.embedding(codes.int(), both).view(*scale.shape, -1)
+    grouped = F.embedding(codes.int(), _pairs(preset, scale.dtype, codes.device)).view(*scale.shape, -1)
     return (grouped * scale[..., None]).flatten(1)
+
+
+@cache
+def _pairs(preset: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The two levels that each byte stands for, (256,2): one look-up for two codes."""
+    levels = torch.tensor(PRESETS[preset].levels, dtype=dtype, device=device)
+    byte = torch.arange(256, device=device)
+    return torch.stack([levels[byte & 15], levels[byte >> 4]], dim=1)
 
 
 def _encode_4_bits(wide: Tensor, levels: tuple[float, ...]) -> tuple[Tensor, Tensor]:
