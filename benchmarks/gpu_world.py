@@ -82,7 +82,7 @@ class World:
         if self.has_kernels:
             ways |= {"ours, kernels": (True, False), "ours, kernels + graphs": (True, True)}
         ours = {name: (partial(self.accelerate, *way), self.ours) for name, way in ways.items()}
-        return {**ours, "diffusers": (lambda: None, self.theirs)}
+        return {**ours, "diffusers": (partial(self.accelerate, False, False), self.theirs)}
 
 
 def make_world(arguments: argparse.Namespace) -> World:
@@ -111,7 +111,7 @@ def make_world(arguments: argparse.Namespace) -> World:
         device=device,
         size=128 if arguments.tiny else 1024,
         rounds=2 if arguments.tiny else arguments.rounds,
-        batches=(1, 2) if arguments.tiny else (1, 2, 4, 8, 16, 32),
+        batches=(1, 2) if arguments.tiny else arguments.batches,
         graphs={"transformer": StepGraphs(64), "text_encoder": CallGraphs(64), "vae": CallGraphs(64)},
         out=arguments.out,
         tiny=arguments.tiny,

@@ -18,14 +18,18 @@ from sana_sprint.models.transformer import SanaTransformer2DModel, TransformerCo
 from sana_sprint.models.upsampling import phase_kernels, upsample
 from tests._autoencoders import AUTOENCODERS
 from tests._models import TRANSFORMERS, randomize
+from tests._text import tiny_text_encoder
 
 pytest.importorskip("triton", reason="fused kernels need Triton")
 
-from sana_sprint.kernels import pixels
+from sana_sprint.kernels import norms, pixels
 from sana_sprint.kernels.attention import linear_attention
 from sana_sprint.kernels.convolution import gated_depthwise
 from sana_sprint.kernels.fused_pixels import use_fused_pixels
+from sana_sprint.kernels.fused_text import use_fused_norms
 from sana_sprint.kernels.norms import modulated_norm, rms_norm
+from sana_sprint.quantize import rounding
+from sana_sprint.quantize.layers import QuantizedLinear
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 B, D = 2, 24
@@ -265,6 +269,52 @@ def test_an_autoencoder_on_a_cpu_stays_plain():
     assert torch.equal(model.decode(latent), plain)
 
 
+# ----- a text encoder -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("on_any_device")
+@torch.no_grad()
+def test_a_fused_text_encoder_is_the_plain_one(monkeypatch):
+    model = tiny_text_encoder()
+    randomize(model)
+    tokens = torch.arange(7)[None]
+    plain = model(tokens).last_hidden_state
+    use_fused_norms(model, True)
+    calls = []
+    run = norms.rms_norm
+    monkeypatch.setattr(norms, "rms_norm", lambda *args, **named: calls.append(args) or run(*args, **named))
+    assert error(model(tokens).last_hidden_state, plain) < 64 * roundoff(torch.float32)
+    assert len(calls) == 4 * model.config.num_hidden_layers + 1
+    with torch.enable_grad():
+        assert torch.equal(model(tokens).last_hidden_state, plain)
+    use_fused_norms(model, False)
+    assert torch.equal(model(tokens).last_hidden_state, plain)
+
+
+# ----- rounding -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_rounded_to_whole_numbers(dtype):
+    x = torch.randn(5, 24).to(dtype)
+    x[2] = 0
+    codes, step = rounding.round_rows(x, torch.int8, 127, 1e-30)
+    expected = x.float().abs().amax(1, keepdim=True) / 127
+    torch.testing.assert_close(step[[0, 1, 3, 4]], expected[[0, 1, 3, 4]], rtol=1e-6, atol=0)
+    ratio = x.float() / step
+    assert torch.equal(codes.float(), ratio.round())
+    assert float(codes.abs().amax()) == 127
+    ties = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5]])
+    assert rounding.round_rows(ties, torch.int8, 127, 1e-30)[0].tolist() == [[127, 0, 2, 2, 0, -2]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_of_codes_scaled_back(dtype):
+    sums, step = torch.randint(-(2**20), 2**20, (5, 24), dtype=torch.int32), torch.rand(5, 1)
+    scale = torch.rand(24).to(dtype)
+    assert error(rounding.scale_sums(sums, step, scale), sums.double() * step * scale) < 2 * roundoff(dtype)
+
+
 # ----- on the device --------------------------------------------------------------------------------------------------
 
 
@@ -287,3 +337,39 @@ def test_published_shapes_on_the_gpu(dtype):
     fused.use_fused_kernels(model, True)
     # Fewer roundings than on the plain path; the margin is for values that fall on the other side of one.
     assert error(model(latent, times, context, guidance), reference) < 1.2 * plain
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_an_autoencoder_on_the_gpu():
+    model = AutoencoderDC(AutoencoderConfig(**AUTOENCODERS["published"]))
+    randomize(model)
+    model = model.to("cuda").eval()
+    picture = torch.randn(2, 3, 64, 96, device="cuda")
+    exact = copy.deepcopy(model).double()
+    latent = exact.encode(picture.double())
+    reference = exact.decode(latent)
+    model = model.bfloat16()
+    plain = [
+        error(model.encode(picture.bfloat16()), latent),
+        error(model.decode(latent.bfloat16()), reference),
+    ]
+    use_fused_pixels(model, True)
+    fused_ones = [
+        error(model.encode(picture.bfloat16()), latent),
+        error(model.decode(latent.bfloat16()), reference),
+    ]
+    assert all(mine < 1.2 * other for mine, other in zip(fused_ones, plain, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("preset", ["int8", "fp8"])
+@torch.no_grad()
+def test_products_of_8_bits_on_the_gpu(preset):
+    layer = torch.nn.Linear(256, 128).bfloat16().cuda()
+    quantized = QuantizedLinear.of(layer, preset)
+    x = torch.randn(40, 256, device="cuda").bfloat16()
+    reference = F.linear(x.double(), quantized.weight.double(), layer.bias.double())
+    assert (
+        error(quantized(x), reference) < {"int8": 0.01, "fp8": 0.03}[preset]
+    )  # rounding x, 8 bits or 4 of mantissa

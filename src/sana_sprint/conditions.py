@@ -201,8 +201,15 @@ def scribble(picture: Image.Image, height: int, width: int, *, device: torch.dev
 
 def _ink(picture: Tensor) -> Tensor:
     """(1,3,H,W) in [-1,1] -> contrast to the canvas, (H,W) in [0,1]: the largest over the colours, so that yellow counts."""
-    canvas = picture[0].flatten(1).median(dim=1).values[:, None, None]
+    canvas = _median(picture[0].flatten(1))[:, None, None]
     return (picture[0] - canvas).abs().amax(dim=0) / 2
+
+
+def _median(rows: Tensor) -> Tensor:
+    """The median of each row, (C,N) -> (C,); of an even number the lower one."""
+    if rows.is_cuda:  # where `median` gives each row one of a hundred multiprocessors
+        return rows.sort(dim=1).values[:, (rows.shape[1] - 1) // 2]
+    return rows.median(dim=1).values
 
 
 def redraw(lines: Tensor, thickness: int) -> Tensor:

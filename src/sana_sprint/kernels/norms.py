@@ -39,11 +39,12 @@ def modulated_norm(
     return total, out
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`weight * x / sqrt(mean(x^2) + eps)` over the last axis of x (B,N,D), contiguous."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> Tensor:
+    """`(weight + offset) * x / sqrt(mean(x^2) + eps)` over the last axis of x (B,N,D), contiguous."""
     D = x.shape[-1]  # noqa: N806
     out = torch.empty_like(x)
-    _rms_norm[(x.numel() // D,)](x, weight, out, D, eps, block=triton.next_power_of_2(D), num_warps=8)
+    block = triton.next_power_of_2(D)
+    _rms_norm[(x.numel() // D,)](x, weight, out, D, eps, offset, block=block, num_warps=8)
     return out
 
 
@@ -91,13 +92,13 @@ def _modulated_norm(
 
 
 @triton.jit
-def _rms_norm(x_ptr, weight_ptr, out_ptr, dim, eps, block: tl.constexpr):
+def _rms_norm(x_ptr, weight_ptr, out_ptr, dim, eps, offset, block: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     channels = tl.arange(0, block)
     mask = channels < dim
     x = tl.load(x_ptr + row * dim + channels, mask=mask, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + channels, mask=mask, other=0.0).to(tl.float32)
-    out = x * tl.rsqrt(tl.sum(x * x, 0) / dim + eps) * weight
+    out = x * tl.rsqrt(tl.sum(x * x, 0) / dim + eps) * (weight + offset)
     tl.store(out_ptr + row * dim + channels, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 

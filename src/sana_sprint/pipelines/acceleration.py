@@ -6,6 +6,7 @@ from typing import Any
 
 from sana_sprint.kernels.fused import use_fused_kernels
 from sana_sprint.kernels.fused_pixels import use_fused_pixels
+from sana_sprint.kernels.fused_text import use_fused_norms
 from sana_sprint.kernels.graphs import DEFAULT_LIMIT, CallGraphs, StepGraphs
 
 
@@ -17,7 +18,7 @@ class AccelerationMethods:
     vae: Any
 
     def enable_fused_kernels(self, enabled: bool = True) -> None:
-        """Run the memory-bound operations of transformer, autoencoder and control branch as fused Triton kernels.
+        """Run the memory-bound operations of all models as fused Triton kernels.
 
         They serve inference on GPUs from Ampere on; everything else runs as without them, so this may stay on.
 
@@ -29,6 +30,8 @@ class AccelerationMethods:
                 use_fused_kernels(model, enabled)
         if self.vae is not None:
             use_fused_pixels(self.vae, enabled)
+        if self.text_encoder is not None:
+            use_fused_norms(self.text_encoder, enabled)
 
     def enable_cuda_graphs(self, enabled: bool = True, *, limit: int = DEFAULT_LIMIT) -> None:
         """Record each new shape of what the models do as a CUDA graph, and launch it as a whole from then on.

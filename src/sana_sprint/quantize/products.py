@@ -6,6 +6,8 @@ depend on its neighbours.
 
 from __future__ import annotations
 
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -29,14 +31,33 @@ def pack(codes: Tensor) -> Tensor:
 
 def int8_rows(x: Tensor, codes: Tensor, packed: Tensor | None, scale: Tensor) -> Tensor:
     """`x @ weight.T` for rows x (M, inputs), codes (outputs, inputs), scale (outputs,); in the scale's dtype."""
-    step = x.abs().amax(1, keepdim=True).float().clamp_min(_TINY) / INT8_MAX
-    rounded = (x / step).round_()
     if packed is not None:
-        return _cpu_rows(rounded, packed, scale).mul_(step)
+        step = _step(x, INT8_MAX)
+        return _cpu_rows((x / step).round_(), packed, scale).mul_(step)
     few = _FEWEST_ROWS - len(x)
-    rows = F.pad(rounded, (0, 0, 0, few)) if few > 0 else rounded
-    sums = torch._int_mm(rows.to(torch.int8), codes.t())[: len(x)]
-    return (sums * step * scale.float()).to(scale.dtype)
+    x, rows = (F.pad(x, (0, 0, 0, few)) if few > 0 else x), len(x)
+    if _has_kernels(x):
+        from sana_sprint.quantize.rounding import round_rows, scale_sums
+
+        rounded, step = round_rows(x, torch.int8, INT8_MAX, _TINY)
+        return scale_sums(torch._int_mm(rounded, codes.t()), step, scale)[:rows]
+    step = _step(x, INT8_MAX)
+    sums = torch._int_mm((x / step).round_().to(torch.int8), codes.t())
+    return (sums * step * scale.float()).to(scale.dtype)[:rows]
+
+
+def _step(x: Tensor, largest: float) -> Tensor:
+    """What each row is divided by, (M,1) fp32."""
+    return x.abs().amax(1, keepdim=True).float().clamp_min(_TINY) / largest
+
+
+def _has_kernels(x: Tensor) -> bool:
+    return x.is_cuda and not torch.compiler.is_compiling() and x.stride(1) == 1 and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def _cpu_rows(rounded: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
@@ -49,8 +70,13 @@ def _cpu_rows(rounded: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
 
 def fp8_rows(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """As `int8_rows` in float8_e4m3; bf16 is the only result the kernel has for scales per row."""
-    step = x.abs().amax(1, keepdim=True).float().clamp_min(_TINY) / FP8_MAX
-    rounded = (x / step).clamp_(-FP8_MAX, FP8_MAX).to(FP8)
+    if _has_kernels(x):
+        from sana_sprint.quantize.rounding import round_rows
+
+        rounded, step = round_rows(x, FP8, FP8_MAX, _TINY)
+    else:
+        step = _step(x, FP8_MAX)
+        rounded = (x / step).clamp_(-FP8_MAX, FP8_MAX).to(FP8)
     columns = scale.float()[None]
     product = torch._scaled_mm(
         rounded, codes.view(FP8).t(), scale_a=step, scale_b=columns, out_dtype=torch.bfloat16
