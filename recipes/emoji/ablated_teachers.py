@@ -13,21 +13,25 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from recipes.emoji.ablation_runs import Train, Values, kept, letters, log_of
+from recipes.emoji.ablation_runs import Values, letters, log_of
 from recipes.emoji.ablation_tables import entry
 from recipes.emoji.plots import draw_curves
 
 RECIPE = Path(__file__).with_name("teacher.toml")
 PLOT = "images/ablated-teachers.png"
 NUM_MEASURED = 126  # pictures whose tangents are measured
+NUM_JUDGED = 300
+GUIDANCE, STEPS = 4.5, 20
+BASELINE = "dense time, QK norm"
 # name -> what its [model] says instead of the recipe's
 VARIANTS: Mapping[str, Values] = {
-    "dense time, QK norm": {},
+    BASELINE: {},
     "time in thousandths": {"timestep_scale": 1.0},
     "no QK norm": {"qk_norm": None},
     "neither": {"timestep_scale": 1.0, "qk_norm": None},
 }
 COLUMNS = {
+    "judge": f"judge, {STEPS} guided steps",
     "loss": "loss",
     "grad_norm": "gradient norm",
     "grad_norm_max": "its greatest",
@@ -36,25 +40,18 @@ COLUMNS = {
 }
 
 
-def results(teacher: Path, output: Path, steps: int, seeds: int, *, train: Train) -> dict[str, list[Values]]:
-    """Scores of every variant and seed: trained, or from disk. `teacher` is the folder that lends its autoencoder."""
-    found: dict[str, list[Values]] = {}
-    for seed in range(seeds):
-        for name in VARIANTS:
-            values = run_values(name, seed, teacher / "vae", output, steps)
-            found.setdefault(name, []).append(kept(values, train, score))
-            print(f"{name}, seed {seed}: { {key: found[name][-1][key] for key in COLUMNS} }", flush=True)
-    return found
-
-
-def run_values(name: str, seed: int, autoencoder: Path, output: Path, steps: int) -> Values:
+def run_values(name: str, seed: int, autoencoder: Path, output: Path, steps: int, batch_size: int) -> Values:
     """What the variant's stage file says."""
     values = copy.deepcopy(tomllib.loads(RECIPE.read_text(encoding="utf-8")))
     values.update(
         seed=seed, autoencoder=str(autoencoder), output=str(output / f"teacher-{letters(name)}-{seed}")
     )
     values["schedule"].update(
-        steps=steps, sample_every=steps, save_every=max(1, steps // 4), log_every=max(1, steps // 50)
+        steps=steps,
+        batch_size=batch_size,
+        sample_every=steps,
+        save_every=max(1, steps // 4),
+        log_every=max(1, steps // 50),
     )
     model = {**values["model"], **VARIANTS[name]}
     values["model"] = {key: value for key, value in model.items() if value is not None}
@@ -62,12 +59,18 @@ def run_values(name: str, seed: int, autoencoder: Path, output: Path, steps: int
 
 
 def score(folder: Path) -> Values:
-    """Curves of a finished run, their summary, and its tangents."""
+    """Curves of a finished run, their summary, its tangents, and which part of its pictures is right."""
+    from recipes.emoji.evaluate import teacher_pictures
+    from recipes.emoji.judge import evaluation_scenes, judge_many, summarize
+
+    scenes = evaluation_scenes(NUM_JUDGED)
+    pictures = teacher_pictures(folder / "final", scenes, GUIDANCE, STEPS)
     curves = {name: log_of(folder, name) for name in ("loss", "grad_norm")}
     norms = [norm for _, norm in curves["grad_norm"]]
     losses = [loss for _, loss in curves["loss"]]
     tangents = tangent_sizes(folder / "final", NUM_MEASURED)
     return {
+        "judge": summarize(judge_many(pictures, scenes), scenes)["overall"],
         "loss": mean(losses[-len(losses) // 4 :]),
         "grad_norm": median(norms),
         "grad_norm_max": max(norms),
@@ -88,13 +91,16 @@ def tangent_sizes(folder: Path, count: int) -> list[float]:
     from sana_sprint.models.transformer import SanaTransformer2DModel
     from sana_sprint.train.conditioning import velocity_of
     from sana_sprint.train.data.pictures import to_tensor
+    from sana_sprint.train.distributed import device
     from sana_sprint.train.tangent import make_tangent
     from sana_sprint.trigflow import add_noise, flow_denoiser, lognormal_times
     from sana_sprint.weights import load_model
 
-    vae = load_model(AutoencoderDC, folder / "vae", dtype=torch.float32)
-    model = load_model(SanaTransformer2DModel, folder / "transformer", dtype=torch.float32)
-    encoder = PromptEncoder(load_tokenizer(folder / "tokenizer"), load_text_encoder(folder / "text_encoder"))
+    place = device()
+    vae = load_model(AutoencoderDC, folder / "vae", dtype=torch.float32, device=place)
+    model = load_model(SanaTransformer2DModel, folder / "transformer", dtype=torch.float32, device=place)
+    text_encoder = load_text_encoder(folder / "text_encoder", device=place)
+    encoder = PromptEncoder(load_tokenizer(folder / "tokenizer"), text_encoder)
     scenes = evaluation_scenes(count)
     torch.manual_seed(0)
     times = lognormal_times(count, mean=0.2, std=1.6)
@@ -102,11 +108,13 @@ def tangent_sizes(folder: Path, count: int) -> list[float]:
     with torch.no_grad():
         for start in range(0, count, 16):
             part = scenes[start : start + 16]
-            clean = vae.encode(to_tensor([render(scene) for scene in part])) * vae.config.scaling_factor
+            images = to_tensor([render(scene) for scene in part]).to(place)
+            clean = vae.encode(images) * vae.config.scaling_factor
             told = encoder.encode([scene.caption for scene in part], complex_human_instruction=None)
             context = model.encode_caption(told.embeds.float(), told.mask)
-            t = times[start : start + 16]
-            u = add_noise(clean, torch.randn_like(clean), t)
+            t = times[start : start + 16].to(place)
+            # Drawn on the CPU: the same on every device.
+            u = add_noise(clean, torch.randn(clean.shape).to(place), t)
             direction = flow_denoiser(velocity_of(model, context))(u, t)
             tangent = make_tangent("dual")(model, context, u, t, direction, None)
             sizes += tangent.flatten(1).square().mean(1).sqrt().tolist()
@@ -117,18 +125,18 @@ def section(found: Mapping[str, Sequence[Mapping[str, Any]]], steps: int) -> str
     """The end of the Markdown page."""
     lines = [
         "",
-        "## Dense time and QK norm (section 3.2)",
+        "### Dense time and QK norm (section 3.2)",
         "",
-        f"Teachers of {steps} steps each. The loss is the mean over the last quarter; gradient norms are before clipping. The",
-        "tangent is cos(t) sin(t) dF/dt along the model's own trajectory, its root mean square over a latent: what a student",
-        "that starts from this teacher would be taught with. Medians and maxima are over a run's log and over",
-        f"{NUM_MEASURED} held-out pictures.",
+        f"Teachers of {steps} steps each from nothing, judged by {NUM_JUDGED} held-out prompts. The loss is the mean over the last",
+        "quarter; gradient norms are before clipping. The tangent is cos(t) sin(t) dF/dt along the model's own trajectory, its root",
+        "mean square over a latent: what a student that starts from this teacher would be taught with. Medians and maxima are over",
+        f"a run's log and over {NUM_MEASURED} held-out pictures.",
         "",
         f"| variant | {' | '.join(COLUMNS.values())} |",
         "|---" * (len(COLUMNS) + 1) + "|",
     ]
     for name, scores in found.items():
-        entries = (entry([each[key] for each in scores], key) for key in COLUMNS)
+        entries = (entry([each[key] for each in scores if key in each], key) for key in COLUMNS)
         lines.append(f"| {name} | {' | '.join(entries)} |")
     return "\n".join([*lines, "", f"![Loss and gradient norm by step]({PLOT})"]) + "\n"
 

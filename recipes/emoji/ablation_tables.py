@@ -1,35 +1,64 @@
-"""docs/ablations.md from the ablations' scores: a table for each of the paper's, its numbers beside ours."""
+"""The tables of docs/ablations.md from the students' scores: one for each of the paper's, its numbers beside ours."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
-BASELINE = "both losses"
+from recipes.emoji.plots import draw_curves
+
+START = "the teacher itself"
+BASELINE, CONSISTENCY, ADVERSARIAL = "both losses", "consistency loss only", "adversarial loss only"
+GUIDANCE, LOW_GUIDANCE = 4.5, 2.0
+PLOT = "images/ablated-students.png"
+SHEET = 48  # pictures that are kept of each run, to be looked at
+MARK = (
+    "<!-- Below: python -m recipes.emoji.ablations -->\n"  # what stands above in the page is written by hand
+)
+HEADINGS = {
+    "sheet": f"first {SHEET}, 1 step",
+    "judge1": "judge, 1 step",
+    "judge2": "judge, 2 steps",
+    "fid1": "FID, 1 step",
+    "fid2": "FID, 2 steps",
+    "grad_norm": "gradient norm",
+    "judge2_low": f"judge, guidance {LOW_GUIDANCE}",
+    "fid2_low": f"FID, guidance {LOW_GUIDANCE}",
+}
+COLUMNS = ("sheet", "judge1", "judge2", "fid1", "fid2", "grad_norm")
 
 
 @dataclass(frozen=True)
 class Table:
-    """A question, and for each answer what the paper measured: FID and CLIP score at two steps."""
+    """A question, and for each answer what the paper measured: FID and CLIP score at two steps.
+
+    `columns` are the scores that are shown, and `below` is the Markdown of what stands below.
+    """
 
     title: str
     rows: Mapping[str, str]
+    columns: tuple[str, ...] = COLUMNS
+    below: str = ""
 
 
 TABLES = (
     Table(
         "Losses (Table 3)",
         {
-            "consistency loss only": "8.93 / 27.51",
-            "adversarial loss only": "12.20 / 27.00",
+            START: "",
+            CONSISTENCY: "8.93 / 27.51",
+            ADVERSARIAL: "12.20 / 27.00",
             BASELINE: "8.11 / 28.02",
         },
+        below=f"![The student's gradient norm by its own steps]({PLOT})",
     ),
     Table(
         "Guidance embedding (Table 4)",
         {"one guidance scale": "9.23 / 27.15 (no embedding)", BASELINE: "8.72 / 28.09"},
+        columns=(*COLUMNS, "judge2_low", "fid2_low"),
     ),
     Table(
         "Consistency : adversarial weight (Table 5)",
@@ -43,43 +72,53 @@ TABLES = (
         "Max-time weighting (Table 6)",
         {"max-time 0%": "9.44 / 27.65", BASELINE: "8.32 / 27.94 (50%)", "max-time 70%": "8.11 / 28.02"},
     ),
-    Table(
-        "Distribution matching (not the paper's)",
-        {BASELINE: "", "with matching": "", "matching for the adversarial loss": ""},
-    ),
 )
-COLUMNS = {
-    "judge1": "judge, 1 step",
-    "judge2": "judge, 2 steps",
-    "fid1": "FID, 1 step",
-    "fid2": "FID, 2 steps",
-    "grad_norm": "gradient norm",
-}
 
 
-def document(results: Mapping[str, Sequence[Mapping[str, Any]]], *, steps: int, count: int) -> str:
-    """The Markdown page. Each entry is the mean over seeds, and behind it half of their range."""
+def document(
+    results: Mapping[str, Sequence[Mapping[str, Any]]], *, steps: int, batch_size: int, count: int
+) -> str:
+    """The Markdown below the mark. Each entry is the mean over seeds, and behind it half of their range."""
     parts = [
-        "# The paper's ablations in small",
+        "## How to read the tables",
         "",
-        f"The embedded model's world: {steps} steps of each run, both players counted, {count} held-out prompts, guidance",
-        "4.5. Two steps go from pi/2 by way of 1.0, as in the paper's ablations. The judge says which part of the pictures is",
-        "right; FID is the Frechet distance to real renders in the embedded autoencoder's features, which compares with",
-        "itself only. Entries are means over seeds ± half of their range; the paper's are FID / CLIP score on MJHQ-30K.",
-        "Made by `python -m recipes.emoji.ablations`.",
+        f"The embedded model's world. Each run starts from the first of the teachers at the end of this page, and has {steps}",
+        f"steps of {batch_size} pictures, both players counted. {count} held-out prompts, guidance {GUIDANCE}. Two steps go from pi/2 by way of 1.0, as in the paper's ablations. The judge says which part of the",
+        "pictures is right; FID is the Frechet distance to real renders in the embedded autoencoder's features, which compares with",
+        "itself only. Entries are means over seeds ± half of their range, - where a score is missing; the paper's are FID / CLIP",
+        f"score on MJHQ-30K. The first column is the judge's of the {SHEET} pictures of each run that are kept.",
     ]
     for table in TABLES:
-        parts += ["", f"## {table.title}", "", f"| variant | {' | '.join(COLUMNS.values())} | paper |"]
-        parts.append("|---" * (len(COLUMNS) + 2) + "|")
+        headings = " | ".join(HEADINGS[key] for key in table.columns)
+        parts += ["", f"### {table.title}", "", f"| variant | {headings} | paper |"]
+        parts.append("|---" * (len(table.columns) + 2) + "|")
         for name, paper in table.rows.items():
-            entries = (entry([scores[key] for scores in results[name]], key) for key in COLUMNS)
+            found = results[name]
+            entries = (entry([each[key] for each in found if key in each], key) for key in table.columns)
             parts.append(f"| {name} | {' | '.join(entries)} | {paper} |")
+        parts += ["", table.below] if table.below else []
     return "\n".join(parts) + "\n"
+
+
+def plot(results: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path) -> None:
+    """The student's gradient norm in the first seed's runs with one loss or both, into the page's folder."""
+    curves = {name: results[name][0]["curves"]["grad_norm"] for name in (BASELINE, CONSISTENCY, ADVERSARIAL)}
+    draw_curves({"the student's gradient norm, by its own steps": curves}, folder / PLOT)
+
+
+def write(page: Path, tables: str) -> None:
+    """Replaces what stands below the mark."""
+    before = page.read_text(encoding="utf-8").partition(MARK)[0]
+    page.write_text(f"{before}{MARK}\n{tables}", encoding="utf-8")
 
 
 def entry(values: Sequence[float], key: str) -> str:
     """ "61.5% ± 0.8", "3.20 ± 0.11"."""
+    if not values:
+        return "-"
+    is_share = key.startswith(("judge", "sheet"))
+    center = f"{100 * mean(values):.1f}%" if is_share else f"{mean(values):.3g}"
+    if len(values) == 1:
+        return center
     spread = (max(values) - min(values)) / 2
-    if key.startswith("judge"):
-        return f"{100 * mean(values):.1f}% ± {100 * spread:.1f}"
-    return f"{mean(values):.3g} ± {spread:.2g}"
+    return f"{center} ± {100 * spread:.1f}" if is_share else f"{center} ± {spread:.2g}"

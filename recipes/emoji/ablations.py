@@ -1,163 +1,201 @@
 """The paper's ablations in small: `python -m recipes.emoji.ablations` trains every variant and writes docs/ablations.md.
 
 Every variant is recipes/emoji/student.toml with a few values changed. All have as many steps of the student, and several
-seeds; those of `ablated_teachers` are teachers. Finished runs are kept in the output folder, and a run that was stopped
-continues, so the command can be stopped and given again. Scores are of one step and, as in the paper's ablations, of two steps from pi/2 by way of 1.0.
+seeds. They start from the first of `ablated_teachers`, which start from nothing but an autoencoder. Finished runs are kept in the output folder, and a run that was stopped
+continues, so the command can be stopped and given again. Scores are of one step and, as in the paper's ablations, of two
+steps from pi/2 by way of 1.0.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
-import subprocess
-import sys
+import os
 import tomllib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from statistics import median
 
 from recipes.emoji import ablated_teachers
-from recipes.emoji.ablation_runs import kept, letters, log_of, to_toml
-from recipes.emoji.ablation_tables import BASELINE, document
+from recipes.emoji.ablation_runs import Run, Train, Values, folder_of, kept, letters, log_of, run_all, train
+from recipes.emoji.ablation_tables import (
+    ADVERSARIAL,
+    BASELINE,
+    CONSISTENCY,
+    GUIDANCE,
+    LOW_GUIDANCE,
+    SHEET,
+    START,
+    document,
+    plot,
+    write,
+)
 
 RECIPE = Path(__file__).with_name("student.toml")
-MATCHING = RECIPE.with_name("student-matching.toml")
 DOCUMENT = Path("docs/ablations.md")
-GUIDANCE = 4.5
 MIDDLE_TIME = 1.0  # of the paper's ablations
-
-Values = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How much is trained: steps of each student (both players counted) and of each teacher."""
-
-    steps: int
-    teacher_steps: int
-
-
-# On two cores that do nothing else, a student's step takes 1.6 s and a teacher's 1.4 s (docs/log.md). With two seeds that
-# is 1 h 25 and 40 minutes at "small", and scoring another 40: under 3 hours in all; twice that at "full".
-SCALES = {"small": Scale(steps=200, teacher_steps=200), "full": Scale(steps=400, teacher_steps=400)}
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A run that differs from the recipe by what `change` does to its values."""
-
-    name: str
-    change: Callable[[Values], object]
+SHEET_COLUMNS = 12
 
 
 def _without_discriminator(values: Values) -> None:
     """With as many steps of the student: beside a discriminator only every other step is the student's."""
     del values["discriminator"]
-    _lengthen(values, 1, 2)
-
-
-def _with_matching(values: Values) -> None:
-    """The third player's steps come on top."""
-    values["matching"] = tomllib.loads(MATCHING.read_text(encoding="utf-8"))["matching"]
-    _lengthen(values, 3, 2)
-
-
-def _matching_for_discriminator(values: Values) -> None:
-    _with_matching(values)
-    del values["discriminator"]
-    _lengthen(values, 2, 3)
-
-
-def _lengthen(values: Values, times: int, parts: int) -> None:
-    values["schedule"]["steps"] = values["schedule"]["steps"] * times // parts
-    values["tangent_warmup_steps"] = values["tangent_warmup_steps"] * times // parts
+    values["schedule"]["steps"] //= 2
+    values["tangent_warmup_steps"] //= 2
 
 
 def _weigh(values: Values, factor: float) -> None:
     values["discriminator"]["weight"] *= factor
 
 
-VARIANTS = (
-    Variant(BASELINE, lambda values: None),
-    Variant("consistency loss only", _without_discriminator),
-    Variant("adversarial loss only", lambda values: values.update(scm_weight=0.0)),
-    Variant("one guidance scale", lambda values: values.update(guidance_scales=[GUIDANCE])),
-    Variant("twice the weight", lambda values: _weigh(values, 2.0)),
-    Variant("a fifth of the weight", lambda values: _weigh(values, 0.2)),
-    Variant("with matching", _with_matching),
-    Variant("matching for the adversarial loss", _matching_for_discriminator),
-    Variant("max-time 0%", lambda values: values.update(max_time_rate=0.0)),
-    Variant("max-time 70%", lambda values: values.update(max_time_rate=0.7)),
-)
+# name -> what is done to the recipe's values
+VARIANTS: Mapping[str, Callable[[Values], object]] = {
+    # One update in the warm-up of the learning rate: what all the others start from.
+    START: lambda values: values["schedule"].update(steps=2),
+    BASELINE: lambda values: None,
+    CONSISTENCY: _without_discriminator,
+    ADVERSARIAL: lambda values: values.update(scm_weight=0.0),
+    "one guidance scale": lambda values: values.update(guidance_scales=[GUIDANCE]),
+    "twice the weight": lambda values: _weigh(values, 2.0),
+    "a fifth of the weight": lambda values: _weigh(values, 0.2),
+    "max-time 0%": lambda values: values.update(max_time_rate=0.0),
+    "max-time 70%": lambda values: values.update(max_time_rate=0.7),
+}
+HALVES: Mapping[str, Mapping[str, object]] = {"teachers": ablated_teachers.VARIANTS, "students": VARIANTS}
 
 
 def main() -> None:
     """Trains and scores what is missing, then writes the document."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--teacher", type=Path, default=Path("runs/emoji/refine/final"))
-    parser.add_argument("--output", type=Path, default=Path("runs/emoji/ablations"))
-    parser.add_argument("--scale", choices=SCALES, default="full", help="small: half the steps")
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument(
-        "--count", type=int, default=600, help="number of held-out prompts, a multiple of 6 above 512"
+    arguments = _arguments()
+    if arguments.parallel > 1:
+        # Inherited by the pool's processes and by those that they start.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        _encode_all(arguments)
+    score = partial(result, arguments=arguments)
+    seeds = range(arguments.seeds)
+    teachers, students = ([Run(name, seed) for seed in seeds for name in names] for names in HALVES.values())
+    found: dict[Run, Values] = {}
+    if arguments.only != "students":
+        found |= run_all(teachers, arguments.parallel, score)
+    if arguments.only != "teachers":
+        found |= run_all(students, arguments.parallel, score)
+    if arguments.only:
+        return
+    taught, learned = (
+        {name: [found[Run(name, seed)] for seed in seeds] for name in names} for names in HALVES.values()
     )
-    parser.add_argument("--processes", type=int, default=2)
-    arguments = parser.parse_args()
-    scale = SCALES[arguments.scale]
-    results: dict[str, list[Values]] = {}
-    for seed in range(arguments.seeds):
-        for variant in VARIANTS:
-            scores = result(variant, seed, arguments, scale.steps)
-            results.setdefault(variant.name, []).append(scores)
-            print(f"{variant.name}, seed {seed}: {scores}", flush=True)
-    teachers = ablated_teachers.results(
-        arguments.teacher.resolve(),
-        arguments.output,
-        scale.teacher_steps,
-        arguments.seeds,
-        train=partial(train, processes=arguments.processes),
-    )
-    page = document(results, steps=scale.steps, count=arguments.count)
-    DOCUMENT.write_text(page + ablated_teachers.section(teachers, scale.teacher_steps), encoding="utf-8")
-    ablated_teachers.plot(teachers, DOCUMENT.parent / ablated_teachers.PLOT)
+    page = document(learned, steps=arguments.steps, batch_size=arguments.batch_size, count=arguments.count)
+    page += ablated_teachers.section(taught, arguments.teacher_steps)
+    write(DOCUMENT, page)
+    plot(learned, DOCUMENT.parent)
+    ablated_teachers.plot(taught, DOCUMENT.parent / ablated_teachers.PLOT)
     print(DOCUMENT)
 
 
-def run_values(variant: Variant, seed: int, teacher: Path, output: Path, steps: int) -> Values:
-    """What the variant's stage file says."""
-    values = copy.deepcopy(tomllib.loads(RECIPE.read_text(encoding="utf-8")))
-    values.update(stage="student", seed=seed, teacher=str(teacher), output=str(output))
-    values["tangent_warmup_steps"] = min(values["tangent_warmup_steps"], steps // 4)
-    values["schedule"].update(steps=steps, sample_every=steps, save_every=max(1, steps // 4))
-    variant.change(values)
-    return values
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    # As it is given it is the same on every machine, and so are the names of the runs' folders, which depend on it.
+    add("--autoencoder", type=Path, default=Path("src/sana_sprint/embedded/emoji/vae"))
+    add("--output", type=Path, default=Path("runs/emoji/ablations"))
+    add("--steps", type=int, default=800, help="of each student, both players counted")
+    add("--batch-size", type=int, default=64, help="of students")
+    add("--teacher-steps", type=int, default=1200)
+    add("--teacher-batch-size", type=int, default=192)
+    add("--seeds", type=int, default=2, help="number of runs of each variant")
+    add("--count", type=int, default=516, help="of held-out prompts, a multiple of 6 above 512")
+    add(
+        "--parallel",
+        type=int,
+        default=1,
+        help="number of runs at a time; they may share a GPU, with --processes 1",
+    )
+    add("--processes", type=int, default=2, help="that train a run; with GPUs, one for each")
+    add("--only", choices=HALVES, help="train and score this half, on this machine, and write no document")
+    return parser.parse_args()
 
 
-def result(variant: Variant, seed: int, arguments: argparse.Namespace, steps: int) -> Values:
-    """The variant's scores: from disk, or by training and scoring it."""
-    base = arguments.output / f"{letters(variant.name)}-{seed}"
-    values = run_values(variant, seed, arguments.teacher.resolve(), base, steps)
-    return kept(
-        values,
-        partial(train, processes=arguments.processes),
-        lambda folder: _score(folder, arguments.count),
+def result(run: Run, arguments: argparse.Namespace) -> Values:
+    """The run's scores: from disk, or by training and scoring it."""
+    fit = partial(train, processes=arguments.processes, is_logged=arguments.parallel > 1)
+    if run.name in VARIANTS:
+        values = run_values(run, _taught(arguments, fit), arguments)
+        scores = kept(values, fit, partial(_score, count=arguments.count))
+    else:
+        scores = kept(_teacher_values(run, arguments), fit, ablated_teachers.score)
+    print(f"{run}: { {key: value for key, value in scores.items() if key != 'curves'} }", flush=True)
+    return scores
+
+
+def _taught(arguments: argparse.Namespace, fit: Train) -> Path:
+    """The folder of the teacher that students start from: trained here, if it is not there."""
+    values = _teacher_values(Run(ablated_teachers.BASELINE, 0), arguments)
+    folder = folder_of(values)
+    if not (folder / "final").is_dir():
+        fit({**values, "output": str(folder)}, folder)
+    return folder / "final"
+
+
+def _teacher_values(run: Run, arguments: argparse.Namespace) -> Values:
+    return ablated_teachers.run_values(
+        *run, arguments.autoencoder, arguments.output, arguments.teacher_steps, arguments.teacher_batch_size
     )
 
 
-def train(values: Values, folder: Path, processes: int) -> None:
-    """Trains in other processes, from where a stopped run was."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stage = folder / "stage.toml"
-    stage.write_text(to_toml(values), encoding="utf-8")
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    subprocess.run([sys.executable, *launch, "-m", "sana_sprint", "train", str(stage)], check=True)
+def run_values(run: Run, teacher: Path, arguments: argparse.Namespace) -> Values:
+    """What the variant's stage file says."""
+    values = copy.deepcopy(tomllib.loads(RECIPE.read_text(encoding="utf-8")))
+    output = arguments.output / f"{letters(run.name)}-{run.seed}"
+    values.update(stage="student", seed=run.seed, teacher=str(teacher), output=str(output))
+    steps = arguments.steps
+    values["tangent_warmup_steps"] = min(values["tangent_warmup_steps"], steps // 4)
+    values["schedule"].update(
+        steps=steps, batch_size=arguments.batch_size, sample_every=steps, save_every=max(1, steps // 4)
+    )
+    VARIANTS[run.name](values)
+    return values
+
+
+def _encode_all(arguments: argparse.Namespace) -> None:
+    """Fills the cache of latents that all runs share: started at the same time on an empty one, each would make them all."""
+    from sana_sprint.train.parts import PART_SIZE
+
+    data = tomllib.loads(RECIPE.read_text(encoding="utf-8"))["data"]
+    count = data["num_samples"]
+    share = (
+        -(-count // (PART_SIZE * arguments.parallel)) * PART_SIZE
+    )  # whole parts: their files are named by them
+    shares = [range(start, min(start + share, count)) for start in range(0, count, share)]
+    encode = partial(
+        _encode, source=data["source"], autoencoder=arguments.autoencoder, output=arguments.output
+    )
+    run_all(shares, arguments.parallel, encode)
+
+
+def _encode(samples: range, *, source: str, autoencoder: Path, output: Path) -> None:
+    import torch
+
+    from sana_sprint.models.autoencoder import AutoencoderDC
+    from sana_sprint.train.data.source import FunctionSource
+    from sana_sprint.train.distributed import device
+    from sana_sprint.train.latents import cached_latents
+    from sana_sprint.weights import load_model
+
+    part = FunctionSource(source)
+    part.training = samples
+    vae = load_model(AutoencoderDC, autoencoder, dtype=torch.float32, device=device())
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # its progress bar
+        cached_latents(output, part, len(samples), vae, report=lambda line: None)
 
 
 def _score(folder: Path, count: int) -> Values:
-    """The judge's overall score and the Frechet distance at one and two steps; the gradient's median size in training."""
-    import numpy as np
+    """The judge's overall score and the Frechet distance at one and two steps, and at two with low guidance; the gradient's
+    median size in training, and its curve over the student's own steps.
+    """
     import torch
 
     from recipes.emoji.evaluate import fid
@@ -165,19 +203,35 @@ def _score(folder: Path, count: int) -> Values:
     from recipes.emoji.scenes import render, sample_scene
     from sana_sprint import SanaSprintPipeline
     from sana_sprint.evaluate.compositional import draw
+    from sana_sprint.images import grid
+    from sana_sprint.train.config import load_config
+    from sana_sprint.train.distributed import device
 
-    pipeline = SanaSprintPipeline.from_pretrained(folder / "final", torch_dtype=torch.bfloat16)
+    pipeline = SanaSprintPipeline.from_pretrained(
+        folder / "final", torch_dtype=torch.bfloat16, device_map=device()
+    )
     pipeline.set_progress_bar_config(disable=True)
     scenes = evaluation_scenes(count)
-    scores: Values = {}
-    drawn = {}
     captions = [scene.caption for scene in scenes]
-    for steps, middle_time in ((1, None), (2, MIDDLE_TIME)):
-        pictures = draw(pipeline, captions, num_steps=steps, guidance=GUIDANCE, middle_time=middle_time)
-        scores[f"judge{steps}"] = summarize(judge_many(pictures, scenes), scenes)["overall"]
-        drawn[f"fid{steps}"] = pictures
-    scores |= fid(pipeline.vae, drawn, [render(sample_scene(i)) for i in range(4 * count)])
-    scores["grad_norm"] = float(np.median([norm for _, norm in log_of(folder, "grad_norm")]))
+    ways = {
+        "1": (1, GUIDANCE, None),
+        "2": (2, GUIDANCE, MIDDLE_TIME),
+        "2_low": (2, LOW_GUIDANCE, MIDDLE_TIME),
+    }
+    drawn = {
+        way: draw(pipeline, captions, num_steps=steps, guidance=guidance, middle_time=middle_time)
+        for way, (steps, guidance, middle_time) in ways.items()
+    }
+    grid(drawn["1"][:SHEET], columns=SHEET_COLUMNS).save(folder / "pictures.png")
+    verdicts = {way: judge_many(pictures, scenes) for way, pictures in drawn.items()}
+    scores: Values = {f"judge{way}": summarize(found, scenes)["overall"] for way, found in verdicts.items()}
+    scores["sheet"] = summarize(verdicts["1"][:SHEET], scenes[:SHEET])["overall"]
+    distances = fid(pipeline.vae, drawn, [render(sample_scene(i)) for i in range(4 * count)])
+    scores |= {f"fid{way}": distance for way, distance in distances.items()}
+    players = len(load_config(folder / "stage.toml").optimizers)
+    norms = log_of(folder, "grad_norm")
+    scores["grad_norm"] = median(norm for _, norm in norms)
+    scores["curves"] = {"grad_norm": [(step / players, norm) for step, norm in norms]}
     return scores
 
 

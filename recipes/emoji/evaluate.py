@@ -28,6 +28,7 @@ from sana_sprint.models.text_encoder import PromptEncoder, load_text_encoder, lo
 from sana_sprint.models.transformer import SanaTransformer2DModel
 from sana_sprint.train.conditioning import embed, unconditional, velocity_of
 from sana_sprint.train.config import StudentRun, load_config
+from sana_sprint.train.distributed import device
 from sana_sprint.train.flow import guided, sample_flow
 from sana_sprint.trigflow import Velocity
 from sana_sprint.weights import load_model
@@ -84,11 +85,12 @@ class Teacher:
         recipe = load_config(RECIPE)
         assert isinstance(recipe, StudentRun)
         self.recipe = recipe
-        self.transformer = load_model(SanaTransformer2DModel, folder / "transformer")
-        self.autoencoder = load_model(AutoencoderDC, folder / "vae").to(memory_format=torch.channels_last)
-        self.encoder = PromptEncoder(
-            load_tokenizer(folder / "tokenizer"), load_text_encoder(folder / "text_encoder")
-        )
+        self.device = device()
+        self.transformer = load_model(SanaTransformer2DModel, folder / "transformer", device=self.device)
+        self.autoencoder = load_model(AutoencoderDC, folder / "vae", device=self.device)
+        self.autoencoder.to(memory_format=torch.channels_last)
+        text_encoder = load_text_encoder(folder / "text_encoder", device=self.device)
+        self.encoder = PromptEncoder(load_tokenizer(folder / "tokenizer"), text_encoder)
 
     def velocity(self, captions: Sequence[str], guidance: float) -> Velocity:
         """Of pictures with these captions."""
@@ -97,7 +99,7 @@ class Teacher:
         return guided(
             velocity_of(self.transformer, captioned),
             velocity_of(self.transformer, unconditional(self.transformer, embeddings)),
-            torch.full((len(captions),), guidance),
+            torch.full((len(captions),), guidance, device=self.device),
             projected=self.recipe.guidance_projected,
             limit=self.recipe.guidance_limit,
             start=self.recipe.guidance_from,
@@ -115,7 +117,8 @@ def teacher_pictures(folder: Path, scenes: list[Scene], guidance: float, steps: 
         part = scenes[start : start + BATCH]
         generators = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
         noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-        with torch.autocast("cpu", torch.bfloat16):
+        noise = noise.to(teacher.device)
+        with torch.autocast(teacher.device.type, torch.bfloat16):
             velocity = teacher.velocity([scene.caption for scene in part], guidance)
             latent = sample_flow(velocity, noise, num_steps=steps)
             pictures += to_pil(vae.decode(latent / vae.config.scaling_factor).float())
