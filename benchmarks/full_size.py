@@ -61,6 +61,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--size", type=int, default=1024)
     parser.add_argument("--offload", action="store_true", help="ours with enable_disk_offload")
+    parser.add_argument("--preset", help="ours with all three models in this preset of quantisation")
+    parser.add_argument(
+        "--warm", action="store_true", help="a picture of 256 px first, which reads and arranges weights"
+    )
     parser.add_argument("--side", choices=("ours", "diffusers"), help="run one side here and print its JSON")
     arguments = parser.parse_args()
     if arguments.side:
@@ -127,8 +131,14 @@ def run_side(arguments: argparse.Namespace) -> dict[str, float]:
     pipe = SanaSprintPipeline.from_pretrained(str(folder), torch_dtype=torch.bfloat16)
     clock.seconds["load"] = time.perf_counter() - start
     pipe.set_progress_bar_config(disable=True)
+    if side == "ours" and arguments.preset:
+        pipe.quantize(dict.fromkeys(("text_encoder", "transformer", "vae"), arguments.preset))
     if side == "ours" and arguments.offload:
         pipe.enable_disk_offload()
+    # diffusers refuses the intermediate time unless there are two steps
+    extra = {} if steps == 2 or side == "ours" else {"intermediate_timesteps": None}
+    if arguments.warm:
+        pipe(PROMPT, num_inference_steps=steps, height=256, width=256, use_resolution_binning=False, **extra)
     pipe.text_encoder.forward = clock.around("text", pipe.text_encoder.forward)
     pipe.transformer.forward = clock.around("transformer", pipe.transformer.forward)
     pipe.vae.decode = clock.around("decode", pipe.vae.decode)
@@ -138,10 +148,6 @@ def run_side(arguments: argparse.Namespace) -> dict[str, float]:
             torch.save(values["latents"].float(), folder / f"latent-{side}.pt")
         return values
 
-    # diffusers refuses the intermediate time unless there are two steps
-    extra = {} if steps == 2 else {"intermediate_timesteps": None}
-    if side == "ours":
-        extra = {}
     start = time.perf_counter()
     pipe(
         PROMPT,
@@ -194,7 +200,7 @@ def report(
         for side, runs in results.items()
     }
     print(
-        f"{arguments.size} px, {arguments.steps} steps, bf16, {torch.get_num_threads()} threads, {platform.machine()}"
+        f"{arguments.size} px, {arguments.steps} steps, {arguments.preset or 'bf16'}, {torch.get_num_threads()} threads, {platform.machine()}"
     )
     print("| stage | ours | diffusers | ratio |\n|---|---|---|---|")
     for key in (*STAGES, "peak_gib"):
@@ -209,6 +215,8 @@ def _subprocess(side: str, arguments: argparse.Namespace) -> dict[str, float]:
     command = [sys.executable, __file__, str(arguments.folder), "--side", side]
     command += ["--steps", str(arguments.steps), "--size", str(arguments.size)]
     command += ["--offload"] if arguments.offload else []
+    command += ["--warm"] if arguments.warm else []
+    command += ["--preset", arguments.preset] if arguments.preset else []
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return result

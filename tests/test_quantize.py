@@ -10,13 +10,16 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
+from sana_sprint.models.dc_blocks import UpBlock
+from sana_sprint.models.frugal import convolve_rows
 from sana_sprint.models.transformer import SanaTransformer2DModel
 from sana_sprint.pipelines.text_to_image import SanaSprintPipeline
 from sana_sprint.quantize import PRESETS, parse_request
 from sana_sprint.quantize.formats import decode, encode
 from sana_sprint.quantize.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear
-from sana_sprint.quantize.models import _has_vnni
+from sana_sprint.quantize.models import _has_vnni, quantize_model
 from sana_sprint.quantize.products import int8_rows
+from tests._autoencoders import tiny_autoencoder
 from tests._cli import assert_refused, call, succeed
 
 needs_vnni = pytest.mark.skipif(not _has_vnni(), reason="int8 on a CPU needs VNNI instructions")
@@ -87,6 +90,38 @@ def test_the_other_int8_kernel_agrees_with_the_rounded_product():
     expected = ((x / step).round() * step) @ decode(codes, scale, "int8").T
     # Whole numbers again; fp32 rounding of the two scales.
     torch.testing.assert_close(int8_rows(x, codes, None, scale.flatten()), expected, rtol=1e-5, atol=1e-5)
+
+
+@needs_vnni
+def test_strips_of_an_int8_convolution():
+    """A strip has a scale of its own; of the whole picture it is the picture's."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(16, 24, 3, padding=1)
+    quantized = QuantizedConv2d.of(layer, "int8")
+    x = torch.randn(1, 16, 10, 12)
+    assert torch.equal(convolve_rows(quantized, x, 0, 10), quantized(x))
+    strip = convolve_rows(quantized, x, 3, 7)
+    assert strip.shape == (1, 24, 4, 12)
+    assert relative(strip, layer(x)[:, :, 3:7]) < 0.02
+    assert torch.equal(quantized(x), quantized(x))  # the codes in the order of either padding are kept
+
+
+@needs_vnni
+def test_rows_are_rounded_alike_in_any_number_of_pieces(monkeypatch):
+    torch.manual_seed(0)
+    layer = QuantizedLinear.of(nn.Linear(64, 40), "int8")
+    x = torch.randn(9, 64)
+    whole = layer(x)
+    monkeypatch.setattr("sana_sprint.quantize.products.PIECE", 130)  # two rows
+    assert torch.equal(layer(x), whole)
+
+
+def test_upsampling_stays_as_it_is():
+    model = tiny_autoencoder("published")
+    quantize_model(model, "vae", "int8-weights")
+    blocks = [module for module in model.decoder.modules() if isinstance(module, UpBlock)]
+    assert blocks
+    assert all(isinstance(block.conv, nn.Conv2d) for block in blocks)
 
 
 @needs_vnni

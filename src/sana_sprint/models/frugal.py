@@ -8,6 +8,7 @@ convolutions run in strips of rows whose memory is used again. The numbers are t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +86,10 @@ def window_rows(x: Tensor, first: int, end: int) -> Tensor:
     return F.pad(window, (0, 0, above, below)) if above or below else window
 
 
-def convolve_rows(conv: nn.Conv2d, x: Tensor, first: int, end: int) -> Tensor:
-    """Rows first to end - 1 of `conv(x)`, for a 3x3 kernel padded by 1 with zeros."""
+def convolve_rows(conv: Any, x: Tensor, first: int, end: int) -> Tensor:
+    """Rows first to end - 1 of `conv(x)`, for a 3x3 kernel padded by 1 with zeros; or a quantised layer in its place."""
     window = window_rows(x, first - 1, end + 1)
-    return F.conv2d(window, conv.weight, conv.bias, padding=(0, 1), groups=conv.groups)
+    if isinstance(conv, nn.Conv2d):
+        return F.conv2d(window, conv.weight, conv.bias, padding=(0, 1), groups=conv.groups)
+    rows: Tensor = conv.convolve(window, padding=(0, 1))
+    return rows

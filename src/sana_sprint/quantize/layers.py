@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -32,7 +32,7 @@ class QuantizedLayer(nn.Module):
         self.register_buffer("codes", torch.empty(codes, dtype=kind))
         self.register_buffer("scale", torch.empty(scale, dtype=weight.dtype))
         self.bias = layer.bias
-        self._packed: tuple[int, Tensor] | None = None
+        self._packed: dict[tuple[int, object], Tensor] = {}
 
     @classmethod
     def of(cls, layer: nn.Linear | nn.Conv2d, preset: str) -> Self:
@@ -60,20 +60,21 @@ class QuantizedLayer(nn.Module):
             out = fp8_rows(flat, self.codes, scale)
         else:
             packed = self.packed(lambda: pack(self.codes)) if x.device.type == "cpu" else None
-            out = int8_rows(flat, self.codes, packed, scale)
-        if self.bias is not None:
+            out = int8_rows(flat, self.codes, packed, scale, self.bias)
+        if self.bias is not None and self.preset == "fp8":
             out = out + self.bias
         return out.view(*x.shape[:-1], -1)
 
-    def packed(self, make: Callable[[], Tensor]) -> Tensor:
-        """The codes in the kernel's order, made once for as long as they stay where they are."""
-        place = self.codes.data_ptr()
-        if self._packed is None or self._packed[0] != place:
-            self._packed = place, make()
-        return self._packed[1]
+    def packed(self, make: Callable[[], Tensor], purpose: object = None) -> Tensor:
+        """The codes in the kernel's order for a purpose, made once for as long as they stay where they are."""
+        key = (self.codes.data_ptr(), purpose)
+        if key not in self._packed:
+            self._packed = {kept: own for kept, own in self._packed.items() if kept[0] == key[0]}
+            self._packed[key] = make()
+        return self._packed[key]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": None}  # an opaque tensor, which can be neither copied nor pickled
+        return {**self.__dict__, "_packed": {}}  # opaque tensors, which can be neither copied nor pickled
 
 
 class QuantizedLinear(QuantizedLayer):
@@ -92,10 +93,14 @@ class QuantizedConv2d(QuantizedLayer):
         self.stride, self.padding = list(layer.stride), [int(side) for side in layer.padding]
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.convolve(x, self.padding)
+
+    def convolve(self, x: Tensor, padding: Sequence[int]) -> Tensor:
+        """`forward` with other zeros around x."""
         if self.shape[2:] == (1, 1):  # a map of pixels, each rounded on its own
             return self.rows(x.movedim(1, -1)).movedim(-1, 1)
         if self.preset != "int8":
-            return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
-        scale, codes = self.scale.flatten(), self.codes.view(self.shape)
-        packed = self.packed(lambda: pack_convolution(codes, scale, self.stride, self.padding))
-        return int8_convolution(x, packed, scale, self.bias, self.stride, self.padding)
+            return F.conv2d(x, self.weight, self.bias, self.stride, tuple(padding))
+        scale, codes, around = self.scale.flatten(), self.codes.view(self.shape), list(padding)
+        packed = self.packed(lambda: pack_convolution(codes, scale, self.stride, around), tuple(around))
+        return int8_convolution(x, packed, scale, self.bias, self.stride, around)

@@ -1,12 +1,13 @@
 """Which layers of a model are quantised, and which devices can run them.
 
 What stays as it is: time and guidance embedding, patch embedding, caption projection, `proj_out` and norms of the
-transformer; Gemma's embedding table and norms; the first and last convolution of the decoder, its depthwise ones and the
-encoder. They are a small part of the work and a large part of the error; `benchmarks/quantized.py --sensitive` measures it.
+transformer; Gemma's embedding table and norms; the first and last convolution of the decoder, its upsampling and depthwise
+ones, and the encoder. They are a small part of the work and a large part of the error; `benchmarks/quantized.py --sensitive` measures it.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import torch
@@ -22,6 +23,8 @@ PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "controlnet": ("transformer_blocks.", ()),
     "vae": ("decoder.", ("decoder.conv_in", "decoder.conv_out")),
 }
+# Without its weight, four-phase upsampling would be a convolution of the large grid again, in 9/4 of the operations.
+UPSAMPLING = re.compile(r"decoder\.up_blocks\.\d+\.\d+\.conv")
 FP8_CAPABILITY = (8, 9)
 INT8_CAPABILITY = (7, 5)
 
@@ -116,6 +119,7 @@ def _fits(name: str, layer: nn.Linear | nn.Conv2d, component: str, multiple: int
         not name.startswith(prefix)
         or name in exceptions
         or any(name.startswith(f"{it}.") for it in exceptions)
+        or UPSAMPLING.fullmatch(name)
     ):
         return False
     if isinstance(layer, nn.Conv2d):

@@ -6,6 +6,7 @@ depend on its neighbours.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sana_sprint.models.frugal import PIECE
 from sana_sprint.quantize.formats import FP8, FP8_MAX, INT8_MAX
 
 ZERO = (
@@ -29,11 +31,18 @@ def pack(codes: Tensor) -> Tensor:
     return packed
 
 
-def int8_rows(x: Tensor, codes: Tensor, packed: Tensor | None, scale: Tensor) -> Tensor:
-    """`x @ weight.T` for rows x (M, inputs), codes (outputs, inputs), scale (outputs,); in the scale's dtype."""
+def int8_rows(
+    x: Tensor, codes: Tensor, packed: Tensor | None, scale: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """`x @ weight.T + bias` for rows x (M, inputs), codes (outputs, inputs), scale and bias (outputs,); in the scale's dtype."""
     if packed is not None:
-        step = _step(x, INT8_MAX)
-        return _cpu_rows((x / step).round_(), packed, scale).mul_(step)
+        return _cpu_rows(x, packed, scale, bias)
+    out = _int8_rows(x, codes, scale)
+    return out if bias is None else out + bias
+
+
+def _int8_rows(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """By the product that torch has on every device."""
     few = _FEWEST_ROWS - len(x)
     x, rows = (F.pad(x, (0, 0, 0, few)) if few > 0 else x), len(x)
     if _has_kernels(x):
@@ -60,12 +69,29 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-def _cpu_rows(rounded: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
+def _cpu_rows(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Rounded, and scaled back, in pieces that stay in a core's cache: see `models.frugal`."""
+    rounded = torch.empty(x.shape, dtype=torch.uint8)
+    steps = torch.empty(len(x), 1)
+    half = torch.full((1, 1), ZERO + 0.5)  # cut off, the sum is rounded
+    for rows in _pieces(x):
+        steps[rows] = _step(x[rows], INT8_MAX)
+        rounded[rows] = torch.addcmul(half, x[rows], steps[rows].reciprocal())
     out: Tensor = _op("qlinear_pointwise")(
-        rounded.add_(ZERO).to(torch.uint8), 1.0, ZERO, packed, scale.float(), _zeros(scale), None,
+        rounded, 1.0, ZERO, packed, scale.float(), _zeros(scale), None,
         1.0, 0, scale.dtype, "none", [], "",
     )  # fmt: skip  # the kernel's thirteen positions: input, weight, bias, output, fused operation
+    for rows in _pieces(out):
+        piece = out[rows].mul_(steps[rows])
+        if bias is not None:
+            piece.add_(bias)
     return out
+
+
+def _pieces(x: Tensor) -> Iterator[slice]:
+    """Rows of x (M,N) that are in work at once."""
+    rows = max(1, PIECE // x.shape[1])
+    return (slice(first, first + rows) for first in range(0, len(x), rows))
 
 
 def fp8_rows(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
@@ -98,17 +124,29 @@ def int8_convolution(
     One picture at a time: the kernel then multiplies by the picture's scale itself, and at sizes that take any time
     a batch gains nothing.
     """
-    steps = x.abs().amax((1, 2, 3), keepdim=True).float().clamp_min(_TINY) / INT8_MAX
-    rounded = (x / steps).round_().add_(ZERO).to(torch.uint8, memory_format=torch.channels_last)
     wide_bias = None if bias is None else bias.detach().float()
-    pictures = [
-        _op("qconv2d_pointwise")(
-            picture, step, ZERO, packed, scale.float(), _zeros(scale), wide_bias,
-            stride, padding, [1, 1], 1, 1.0, 0, scale.dtype, "none", [], "",
-        )
-        for picture, step in zip(torch.split(rounded, 1), steps.flatten().tolist(), strict=True)
-    ]  # fmt: skip  # as above, with the convolution's geometry
+    pictures = []
+    for picture in torch.split(x.contiguous(memory_format=torch.channels_last), 1):
+        rounded, step = _rounded_picture(picture)
+        pictures.append(
+            _op("qconv2d_pointwise")(
+                rounded, step, ZERO, packed, scale.float(), _zeros(scale), wide_bias,
+                stride, padding, [1, 1], 1, 1.0, 0, scale.dtype, "none", [], "",
+            )
+        )  # fmt: skip  # as above, with the convolution's geometry
     return pictures[0] if len(pictures) == 1 else torch.cat(pictures)
+
+
+def _rounded_picture(picture: Tensor) -> tuple[Tensor, float]:
+    """Codes of a picture (1,C,H,W), channels_last, and their step."""
+    rounded = torch.empty(picture.shape, dtype=torch.uint8, memory_format=torch.channels_last)
+    rows, codes = (x.movedim(1, -1).flatten(0, 2) for x in (picture, rounded))
+    smallest, largest = torch.aminmax(rows)
+    step = max(float(largest), -float(smallest), _TINY) / INT8_MAX
+    half = torch.full((1, 1), ZERO + 0.5)
+    for part in _pieces(rows):
+        codes[part] = torch.add(half, rows[part], alpha=1 / step)
+    return rounded, step
 
 
 def _op(name: str) -> Any:
