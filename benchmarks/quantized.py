@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -163,6 +165,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 def judged_rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The judge's score of the whole pipeline in each preset, all three components together."""
+    sys.path.append(str(Path(__file__).parents[1]))  # where recipes/ lies
     judge = import_judge("recipes.emoji.judge")
     scenes = judge.evaluation_scenes(arguments.count)
     for preset in (None, *arguments.presets):
