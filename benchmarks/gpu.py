@@ -218,7 +218,7 @@ def quantized(world: World) -> dict[str, Any]:
 
 
 def profile(world: World) -> dict[str, Any]:
-    """Milliseconds of the ten longest kernels of each stage, summed over a call."""
+    """Milliseconds of the longest kernels of each stage, summed over a call."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity
 

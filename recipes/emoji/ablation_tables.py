@@ -15,9 +15,8 @@ BASELINE, CONSISTENCY, ADVERSARIAL = "both losses", "consistency loss only", "ad
 GUIDANCE, LOW_GUIDANCE = 4.5, 2.0
 PLOT = "images/ablated-students.png"
 SHEET = 48  # pictures that are kept of each run, to be looked at
-MARK = (
-    "<!-- Below: python -m recipes.emoji.ablations -->\n"  # what stands above in the page is written by hand
-)
+# What stands above it in the page is written by hand.
+MARK = "<!-- Below: python -m recipes.emoji.ablations -->\n"
 HEADINGS = {
     "sheet": f"first {SHEET}, 1 step",
     "judge1": "judge, 1 step",
@@ -83,7 +82,8 @@ def document(
         "## How to read the tables",
         "",
         f"The embedded model's world. Each run starts from the first of the teachers at the end of this page, and has {steps}",
-        f"steps of {batch_size} pictures, both players counted. {count} held-out prompts, guidance {GUIDANCE}. Two steps go from pi/2 by way of 1.0, as in the paper's ablations. The judge says which part of the",
+        f"steps of {batch_size} pictures, both players counted. {count} held-out prompts, guidance {GUIDANCE}. Two steps go from pi/2",
+        "by way of 1.0, as in the paper's ablations. The judge says which part of the",
         "pictures is right; FID is the Frechet distance to real renders in the embedded autoencoder's features, which compares with",
         "itself only. Entries are means over seeds ± half of their range, - where a score is missing; the paper's are FID / CLIP",
         f"score on MJHQ-30K. The first column is the judge's of the {SHEET} pictures of each run that are kept.",

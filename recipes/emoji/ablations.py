@@ -1,9 +1,9 @@
 """The paper's ablations in small: `python -m recipes.emoji.ablations` trains every variant and writes docs/ablations.md.
 
 Every variant is recipes/emoji/student.toml with a few values changed. All have as many steps of the student, and several
-seeds. They start from the first of `ablated_teachers`, which start from nothing but an autoencoder. Finished runs are kept in the output folder, and a run that was stopped
-continues, so the command can be stopped and given again. Scores are of one step and, as in the paper's ablations, of two
-steps from pi/2 by way of 1.0.
+seeds. They start from the first of `ablated_teachers`, which start from nothing but an autoencoder. Finished runs are kept in
+the output folder, and a run that was stopped continues, so the command can be stopped and given again. Scores are of one step
+and, as in the paper's ablations, of two steps from pi/2 by way of 1.0.
 """
 
 from __future__ import annotations
@@ -166,9 +166,8 @@ def _encode_all(arguments: argparse.Namespace) -> None:
 
     data = tomllib.loads(RECIPE.read_text(encoding="utf-8"))["data"]
     count = data["num_samples"]
-    share = (
-        -(-count // (PART_SIZE * arguments.parallel)) * PART_SIZE
-    )  # whole parts: their files are named by them
+    # Whole parts: their files are named by them.
+    share = -(-count // (PART_SIZE * arguments.parallel)) * PART_SIZE
     shares = [range(start, min(start + share, count)) for start in range(0, count, share)]
     encode = partial(
         _encode, source=data["source"], autoencoder=arguments.autoencoder, output=arguments.output

@@ -99,7 +99,7 @@ def condition(
             `ANNOTATORS`, which need the package controlnet-aux, or None: the picture already is a condition.
         height, width: in pixels.
         thickness: of a scribble's lines, in pixels of the result; None keeps them as drawn.
-        device: where it is made, which takes a GPU a hundredth of the CPU's time; None for the CPU.
+        device: where it is made; None for the CPU.
 
     Raises:
         ValueError: for an unknown kind, a picture that cannot be read, and a package not installed.

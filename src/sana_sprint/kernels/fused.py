@@ -45,6 +45,11 @@ def use_fused_kernels(model: SanaBlocks, enabled: bool) -> None:
         block.fused = fused_block if enabled else None
 
 
+def on_device(x: Tensor) -> torch.cuda.device:
+    """Where to launch kernels for x: Triton launches on the current device."""
+    return torch.cuda.device(x.device.index if x.is_cuda else -1)
+
+
 def check_triton() -> None:
     """Raise ValueError if Triton is not installed."""
     if find_spec("triton") is None:
@@ -92,7 +97,7 @@ def fused_block(
     """What `block.forward` makes of these arguments, or None where kernels do not apply."""
     if not applies(block, x):
         return None
-    with torch.cuda.device(x.device.index if x.is_cuda else -1):  # Triton launches on the current device
+    with on_device(x):
         return _run(block, x, modulation, key, value, bias, grid)
 
 

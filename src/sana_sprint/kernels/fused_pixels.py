@@ -59,7 +59,7 @@ def _norm(norm: ChannelRMSNorm, change: Tensor, x: Tensor | None = None) -> Tens
 
     if not applies(change) or not (x is None or applies(x)):
         return None
-    with _on_device(change):
+    with fused.on_device(change):
         return rms_norm(change, norm.weight, norm.bias, norm.eps, add_to=x)
 
 
@@ -71,7 +71,7 @@ def _upsample(
     if not applies(x):
         return None
     phases = F.conv2d(x, kernels, padding=1).contiguous(memory_format=torch.channels_last)
-    with _on_device(x):
+    with fused.on_device(x):
         return interleave(phases, bias, None if repeats is None else x, repeats or 1)
 
 
@@ -84,7 +84,7 @@ def _activate(block: ResBlock, x: Tensor) -> Tensor | None:
         return None
     assert conv.bias is not None
     hidden = F.conv2d(x, conv.weight, padding=1).contiguous(memory_format=torch.channels_last)
-    with _on_device(x):
+    with fused.on_device(x):
         return silu(hidden, conv.bias)
 
 
@@ -97,7 +97,7 @@ def _gate(layer: GatedConv, x: Tensor) -> Tensor | None:
         return None
     grid = (x.shape[2], x.shape[3])
     hidden = pointwise(layer.conv_inverted, x.movedim(1, -1).flatten(1, 2))
-    with _on_device(x):
+    with fused.on_device(x):
         gated = gated_depthwise(hidden, layer.conv_depth.weight, bias, grid)
     return torch.unflatten(gated, 1, grid).movedim(-1, 1)
 
@@ -122,16 +122,11 @@ def _mix(layer: MultiscaleLinearAttention, qkv: Tensor) -> Tensor | None:
         mixed = torch.bmm(pixels.transpose(0, 1), weights.transpose(1, 2))  # (3K,B*N,E)
         scales.append(mixed.view(num_heads, 3, images, -1, dim).permute(2, 3, 0, 1, 4))
     out = qkv.new_empty(*scales[0].shape[:2], len(scales), num_heads, dim)
-    with _on_device(qkv):
+    with fused.on_device(qkv):
         for number, heads in enumerate(scales):
             q, k, v = heads.unbind(3)
             attend_heads(q, k, v, out[:, :, number], eps=ATTENTION_EPS)
     return out.flatten(2)
-
-
-def _on_device(x: Tensor) -> torch.cuda.device:
-    """Triton launches on the current device."""
-    return torch.cuda.device(x.device.index if x.is_cuda else -1)
 
 
 _KERNELS: dict[type[nn.Module], Callable[..., Any]] = {

@@ -40,5 +40,5 @@ def _norm(module: nn.Module, x: Tensor) -> Tensor:
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not fused.runs_on(x.device):
         out: Tensor = type(module).forward(module, x)
         return out
-    with torch.cuda.device(x.device.index if x.is_cuda else -1):
+    with fused.on_device(x):
         return rms_norm(x.contiguous(), weight, eps, offset=1.0)

@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ class Recording(Protocol):
 
 
 Recorder = Callable[[Callable[[], Tensor]], Recording]
+_Placed = TypeVar("_Placed")  # a recording and the places of its inputs
 
 
 class _Graphs:
@@ -78,6 +79,33 @@ class _Graphs:
             or (x.is_cuda and torch.cuda.is_current_stream_capturing())  # part of another recording
         )
 
+    def _replay(
+        self,
+        key: Hashable,
+        device: torch.device,
+        place: Callable[[], _Placed],
+        fill: Callable[[_Placed], None],
+        run: Callable[[_Placed], Tensor],
+    ) -> Tensor:
+        """The result of the recording with this key, which is made if there is none.
+
+        `place` makes the fixed places of its inputs, `fill` puts a call's inputs there, `run` is what is recorded.
+        """
+        with self._lock, self._in_turn(device):
+            placed: Any = self._kept.get(key)
+            if placed is None:
+                self._make_room()
+                placed = place()
+                fill(placed)
+                placed.recording = self._record(lambda: run(placed))
+                self._kept[key] = placed
+            else:
+                fill(placed)
+            self._kept.move_to_end(key)
+            placed.recording.replay()
+            out: Tensor = placed.recording.output.clone()
+            return out
+
     def _make_room(self) -> None:
         while len(self._kept) >= self.limit:
             if self._device_type == "cuda":
@@ -118,21 +146,11 @@ class CallGraphs(_Graphs):
         device = inputs[0].device
         shapes = tuple((x.shape, x.stride(), x.dtype) for x in inputs)
         whole = (key, shapes, device, _addresses(models))
-        with self._lock, self._in_turn(device):
-            call = self._kept.get(whole)
-            if call is None:
-                self._make_room()
-                places = tuple(torch.empty_like(x) for x in inputs)
-                call = _Call(places, function)
-                call.fill(inputs)
-                call.recording = self._record(call.run)
-                self._kept[whole] = call
-            else:
-                call.fill(inputs)
-            self._kept.move_to_end(whole)
-            call.recording.replay()
-            out: Tensor = call.recording.output.clone()
-            return out
+
+        def place() -> _Call:
+            return _Call(tuple(torch.empty_like(x) for x in inputs), function)
+
+        return self._replay(whole, device, place, lambda call: call.fill(inputs), _Call.run)
 
 
 @dataclass
@@ -172,20 +190,14 @@ class StepGraphs(_Graphs):
             tuple(block.fused for block in model.blocks),
             _addresses((model,)),
         )
-        with self._lock, self._in_turn(latent.device):
-            step = self._kept.get(key)
-            if step is None:
-                self._make_room()
-                step = _Step.like(latent, timestep, context, guidance, tokens, has_bias)
-                step.fill(latent, timestep, context, guidance)
-                step.recording = self._record(lambda: step.run(model))
-                self._kept[key] = step
-            else:
-                step.fill(latent, timestep, context, guidance)
-            self._kept.move_to_end(key)
-            assert step.recording is not None
-            step.recording.replay()
-            return step.recording.output.clone()
+
+        def place() -> _Step:
+            return _Step.like(latent, timestep, context, guidance, tokens, has_bias)
+
+        def fill(step: _Step) -> None:
+            step.fill(latent, timestep, context, guidance)
+
+        return self._replay(key, latent.device, place, fill, lambda step: step.run(model))
 
 
 class CudaRecorder:

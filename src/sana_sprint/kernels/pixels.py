@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sana_sprint.kernels.convolution import _silu
+
 _TILE = 4096  # numbers that a program holds at a time
 
 
@@ -50,7 +52,9 @@ def silu(x: Tensor, bias: Tensor) -> Tensor:
     block_c = triton.next_power_of_2(C)
     block_m = max(1, _TILE // block_c)
     pixels = x.numel() // C
-    _silu[(triton.cdiv(pixels, block_m),)](x, bias, pixels, C, block_m=block_m, block_c=block_c, num_warps=8)
+    _biased_silu[(triton.cdiv(pixels, block_m),)](
+        x, bias, pixels, C, block_m=block_m, block_c=block_c, num_warps=8
+    )
     return x
 
 
@@ -117,14 +121,14 @@ def _rms_norm(
 
 
 @triton.jit
-def _silu(x_ptr, bias_ptr, pixels, dim, block_m: tl.constexpr, block_c: tl.constexpr):
+def _biased_silu(x_ptr, bias_ptr, pixels, dim, block_m: tl.constexpr, block_c: tl.constexpr):
     pixel = tl.program_id(0).to(tl.int64) * block_m + tl.arange(0, block_m)
     channels = tl.arange(0, block_c)
     ok = (pixel < pixels)[:, None] & (channels < dim)[None, :]
     place = x_ptr + pixel[:, None] * dim + channels[None, :]
     bias = tl.load(bias_ptr + channels, mask=channels < dim, other=0.0).to(tl.float32)
     x = tl.load(place, mask=ok, other=0.0).to(tl.float32) + bias[None, :]
-    tl.store(place, (x / (1.0 + tl.exp(-x))).to(x_ptr.dtype.element_ty), mask=ok)
+    tl.store(place, _silu(x).to(x_ptr.dtype.element_ty), mask=ok)
 
 
 @triton.jit

@@ -31,11 +31,10 @@ from sana_sprint.models.frugal import over_pixels
 from sana_sprint.models.tiling import Tiling, run_tiled
 
 _BLOCKS = ("EfficientViTBlock", "ResBlock")
-# The published default, 512 px, shows its tiles in flat skies; 1024 px is the size DC-AE is used at in one piece.
-_LARGEST_GRID = (
-    2**30
-)  # numbers of the widest one on a GPU, whose kernels are slower at indices of more than 31 bits
+# Numbers of the widest grid on a GPU, whose kernels are slower at indices of more than 31 bits.
+_LARGEST_GRID = 2**30
 _LARGEST_RECORDED = 2**22  # pixels; launching more of them takes no time worth saving
+# The published default, 512 px, shows its tiles in flat skies; 1024 px is the size DC-AE is used at in one piece.
 _DEFAULT_TILE = 1024
 
 

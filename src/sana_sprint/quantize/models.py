@@ -1,8 +1,9 @@
 """Which layers of a model are quantised, and which devices can run them.
 
 What stays as it is: time and guidance embedding, patch embedding, caption projection, `proj_out` and norms of the
-transformer; Gemma's embedding table and norms; the first and last convolution of the decoder, its upsampling and depthwise
-ones, and the encoder. They are a small part of the work and a large part of the error; `benchmarks/quantized.py --sensitive` measures it.
+transformer; Gemma's embedding table and norms; the first and last convolution of the decoder, its depthwise ones and the
+encoder. They are a small part of the work and a large part of the error; `benchmarks/quantized.py --sensitive` measures it.
+And the decoder's upsampling convolutions, see `UPSAMPLING`.
 """
 
 from __future__ import annotations

@@ -48,8 +48,9 @@ def _int8_rows(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     if _has_kernels(x):
         from sana_sprint.quantize.rounding import round_rows, scale_sums
 
-        rounded, step = round_rows(x, torch.int8, INT8_MAX, _TINY)
-        return scale_sums(torch._int_mm(rounded, codes.t()), step, scale)[:rows]
+        with torch.cuda.device(x.device):  # Triton launches on the current device
+            rounded, step = round_rows(x, torch.int8, INT8_MAX, _TINY)
+            return scale_sums(torch._int_mm(rounded, codes.t()), step, scale)[:rows]
     step = _step(x, INT8_MAX)
     sums = torch._int_mm((x / step).round_().to(torch.int8), codes.t())
     return (sums * step * scale.float()).to(scale.dtype)[:rows]
@@ -99,7 +100,8 @@ def fp8_rows(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     if _has_kernels(x):
         from sana_sprint.quantize.rounding import round_rows
 
-        rounded, step = round_rows(x, FP8, FP8_MAX, _TINY)
+        with torch.cuda.device(x.device):
+            rounded, step = round_rows(x, FP8, FP8_MAX, _TINY)
     else:
         step = _step(x, FP8_MAX)
         rounded = (x / step).clamp_(-FP8_MAX, FP8_MAX).to(FP8)

@@ -8,9 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_MAGIC = tl.constexpr(
-    12582912.0
-)  # 1.5 * 2^23: adding it and taking it off rounds fp32 to whole numbers, ties to even
+# 1.5 * 2^23: adding it and taking it off rounds fp32 to whole numbers, ties to even.
+_MAGIC = tl.constexpr(12582912.0)
 
 
 def round_rows(x: Tensor, dtype: torch.dtype, largest: float, smallest: float) -> tuple[Tensor, Tensor]:
