@@ -14,11 +14,9 @@ START = "the teacher itself"
 BASELINE, CONSISTENCY, ADVERSARIAL = "both losses", "consistency loss only", "adversarial loss only"
 GUIDANCE, LOW_GUIDANCE = 4.5, 2.0
 PLOT = "images/ablated-students.png"
-SHEET = 48  # pictures that are kept of each run, to be looked at
 # What stands above it in the page is written by hand.
 MARK = "<!-- Below: python -m recipes.emoji.ablations -->\n"
 HEADINGS = {
-    "sheet": f"first {SHEET}, 1 step",
     "judge1": "judge, 1 step",
     "judge2": "judge, 2 steps",
     "fid1": "FID, 1 step",
@@ -27,7 +25,7 @@ HEADINGS = {
     "judge2_low": f"judge, guidance {LOW_GUIDANCE}",
     "fid2_low": f"FID, guidance {LOW_GUIDANCE}",
 }
-COLUMNS = ("sheet", "judge1", "judge2", "fid1", "fid2", "grad_norm")
+COLUMNS = ("judge1", "judge2", "fid1", "fid2", "grad_norm")
 
 
 @dataclass(frozen=True)
@@ -85,8 +83,7 @@ def document(
         f"steps of {batch_size} pictures, both players counted. {count} held-out prompts, guidance {GUIDANCE}. Two steps go from pi/2",
         "by way of 1.0, as in the paper's ablations. The judge says which part of the",
         "pictures is right; FID is the Frechet distance to real renders in the embedded autoencoder's features, which compares with",
-        "itself only. Entries are means over seeds ± half of their range, - where a score is missing; the paper's are FID / CLIP",
-        f"score on MJHQ-30K. The first column is the judge's of the {SHEET} pictures of each run that are kept.",
+        "itself only. Entries are means over seeds ± half of their range; the paper's are FID / CLIP score on MJHQ-30K.",
     ]
     for table in TABLES:
         headings = " | ".join(HEADINGS[key] for key in table.columns)
@@ -94,7 +91,7 @@ def document(
         parts.append("|---" * (len(table.columns) + 2) + "|")
         for name, paper in table.rows.items():
             found = results[name]
-            entries = (entry([each[key] for each in found if key in each], key) for key in table.columns)
+            entries = (entry([each[key] for each in found], key) for key in table.columns)
             parts.append(f"| {name} | {' | '.join(entries)} | {paper} |")
         parts += ["", table.below] if table.below else []
     return "\n".join(parts) + "\n"
@@ -114,9 +111,7 @@ def write(page: Path, tables: str) -> None:
 
 def entry(values: Sequence[float], key: str) -> str:
     """ "61.5% ± 0.8", "3.20 ± 0.11"."""
-    if not values:
-        return "-"
-    is_share = key.startswith(("judge", "sheet"))
+    is_share = key.startswith("judge")
     center = f"{100 * mean(values):.1f}%" if is_share else f"{mean(values):.3g}"
     if len(values) == 1:
         return center

@@ -26,7 +26,6 @@ from recipes.emoji.ablation_tables import (
     CONSISTENCY,
     GUIDANCE,
     LOW_GUIDANCE,
-    SHEET,
     START,
     document,
     plot,
@@ -36,7 +35,7 @@ from recipes.emoji.ablation_tables import (
 RECIPE = Path(__file__).with_name("student.toml")
 DOCUMENT = Path("docs/ablations.md")
 MIDDLE_TIME = 1.0  # of the paper's ablations
-SHEET_COLUMNS = 12
+SHEET, SHEET_COLUMNS = 48, 12  # pictures that are kept of each run, to be looked at
 
 
 def _without_discriminator(values: Values) -> None:
@@ -224,7 +223,6 @@ def _score(folder: Path, count: int) -> Values:
     grid(drawn["1"][:SHEET], columns=SHEET_COLUMNS).save(folder / "pictures.png")
     verdicts = {way: judge_many(pictures, scenes) for way, pictures in drawn.items()}
     scores: Values = {f"judge{way}": summarize(found, scenes)["overall"] for way, found in verdicts.items()}
-    scores["sheet"] = summarize(verdicts["1"][:SHEET], scenes[:SHEET])["overall"]
     distances = fid(pipeline.vae, drawn, [render(sample_scene(i)) for i in range(4 * count)])
     scores |= {f"fid{way}": distance for way, distance in distances.items()}
     players = len(load_config(folder / "stage.toml").optimizers)

@@ -34,6 +34,8 @@ _NOISE = 6.0  # levels: what an autoencoder at 28 dB adds at half resolution
 _MARGIN = 4  # half-resolution pixels around the picture, so that no artwork wraps around
 _OUTSIDE = 2  # of them an artwork may reach into
 _SIDE = scenes.SIZE // 2 + 2 * _MARGIN  # S in shape comments
+# Of the gains, which are nearly all of the work.
+_DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +146,8 @@ def _kinds_of(size: int) -> _Kinds:
     reach = torch.tensor([_reach(kind, size) for kind in KINDS])[:, :, None]
     center = torch.arange(_SIDE) - float(_MARGIN)
     fits = (center >= reach - _OUTSIDE) & (center <= scenes.SIZE / 2 + _OUTSIDE - reach)  # (K,2,S): x, y
-    return _Kinds(spectra.contiguous(), moments, fits[:, 1, :, None] & fits[:, 0, None, :])
+    inside = fits[:, 1, :, None] & fits[:, 0, None, :]
+    return _Kinds(*(part.to(_DEVICE) for part in (spectra.contiguous(), moments, inside)))
 
 
 def _greedy(difference: Tensor, background: Tensor, sizes: int) -> tuple[list[_Place], Tensor]:
@@ -176,18 +179,19 @@ def _greedy(difference: Tensor, background: Tensor, sizes: int) -> tuple[list[_P
 def _gains(rest: Tensor, background: Tensor, sizes: int) -> tuple[Tensor, Tensor]:
     """For the first sizes (z) and every place, the largest gain (z,S,S) of any kind, and that kind's number (z,S,S)."""
     against = (background[:, None, None] * rest).sum(0, keepdim=True)
-    inputs = torch.fft.rfft2(torch.cat([rest, -against]))  # <D, T> = <D, ac> - <bD, a>
-    gains = torch.empty(sizes, _SIDE, _SIDE)
-    kinds = torch.empty(sizes, _SIDE, _SIDE, dtype=torch.long)
+    inputs = torch.fft.rfft2(torch.cat([rest, -against]).to(_DEVICE))  # <D, T> = <D, ac> - <bD, a>
+    weights = torch.cat([torch.ones(1), -2 * background, background.square().sum()[None]]).to(_DEVICE)
+    gains = torch.empty(sizes, _SIDE, _SIDE, device=_DEVICE)
+    kinds = torch.empty(sizes, _SIDE, _SIDE, dtype=torch.long, device=_DEVICE)
     for z, size in enumerate(SIZES[:sizes]):
         every = _kinds_of(size)
         product = every.spectra[0] * inputs[0]
         for spectrum, channel in zip(every.spectra[1:], inputs[1:], strict=True):
             product.addcmul_(spectrum, channel)
-        energy = every.moments @ torch.cat([torch.ones(1), -2 * background, background.square().sum()[None]])
+        energy = every.moments @ weights
         gain = torch.fft.irfft2(product, s=(_SIDE, _SIDE)).mul_(2).sub_(energy[:, None, None])
         torch.max(gain.mul_(every.inside), 0, out=(gains[z], kinds[z]))
-    return gains, kinds
+    return gains.cpu(), kinds.cpu()
 
 
 def _clear(plane: Tensor, y: int, x: int, radius: int) -> None:
