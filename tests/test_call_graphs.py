@@ -57,11 +57,12 @@ def test_pictures_of_recorded_calls_are_the_pictures(pipe):
     pipe.transformer.graphs = StepGraphs(record=FakeRecorder(), device_type="cpu")
     for call, pictures in [*zip(calls, expected, strict=True)] * 2:
         torch.testing.assert_close(draw(call), pictures, rtol=1e-4, atol=1e-4)
-    # Batches of one and of two, each: prompts; encoding (one sketch always) and decoding; steps, at two strengths.
+    # Batches of one and of two, each: prompts; encoding (one sketch always) and decoding; captions, and steps at two
+    # strengths.
     assert {name: recorder.recorded for name, recorder in recorders.items()} == {
         "text_encoder": 2,
         "vae": 3,
-        "controlnet": 3,
+        "controlnet": 5,
     }
 
 

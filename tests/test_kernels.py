@@ -106,7 +106,7 @@ def test_depthwise_convolution_and_gate(dtype):
     layer = layer.to(dtype).requires_grad_(False)
     x = torch.randn(1, height * width, 2 * hidden).to(dtype)
     weight, bias = layer.conv_depth.weight, layer.conv_depth.bias
-    out = gated_depthwise(x, weight, bias, (height, width), block_w=4, block_c=8, rows=2)
+    out = gated_depthwise(x, weight, bias, (height, width), block_c=8, rows=2)
     image = F.silu(x.double()).view(1, height, width, -1).permute(0, 3, 1, 2)
     image = F.conv2d(image, weight.double(), bias.double(), padding=1, groups=2 * hidden)
     value, gate = image.permute(0, 2, 3, 1).flatten(1, 2).chunk(2, dim=-1)

@@ -28,7 +28,10 @@ def graphs(limit=8):
 
 def inputs(model, batch=1, tokens=3, side=3, mask=None):
     latent = torch.randn(batch, 4, side, side)
-    context = model.encode_caption(torch.randn(batch, tokens, 10), mask)
+    text = torch.randn(batch, tokens, 10)
+    kept, model.graphs = model.graphs, None
+    context = model.encode_caption(text, mask)
+    model.graphs = kept
     return latent, torch.rand(batch), context, 4.5 + torch.rand(batch)
 
 
@@ -62,6 +65,33 @@ def test_one_context_in_turn_with_others(model):
     for out, arguments in zip(outputs, (first, later, second, later), strict=True):
         torch.testing.assert_close(out, model.evaluate(*arguments), rtol=1e-5, atol=1e-5)
     assert recorder.recorded == 1
+
+
+@torch.no_grad()
+def test_recorded_captions_are_the_captions(model):
+    arguments = inputs(model)
+    calls = [
+        (torch.randn(1, 3, 10), None),
+        (torch.randn(1, 5, 10), torch.tensor([[1, 1, 0, 1, 1]])),  # the same bucket
+        (torch.randn(2, 2, 10), torch.tensor([[1, 0], [1, 1]])),
+        (torch.randn(1, TOKENS, 10), None),
+    ]
+    contexts = [model.encode_caption(*call) for call in calls]
+    model.graphs, recorder = graphs()
+    for call, context in [*zip(calls, contexts, strict=True)] * 2:
+        recorded, expected = model.encode_caption(*call), context.padded(TOKENS)
+        length = call[0].shape[1]
+        for one, other in zip(
+            (*recorded.keys, *recorded.values), (*expected.keys, *expected.values), strict=True
+        ):
+            torch.testing.assert_close(one[:, :, :length], other[:, :, :length])
+        assert torch.equal(recorded.bias, expected.bias)
+        if len(call[0]) == 1:
+            out = model(*arguments[:2], recorded, arguments[3])
+            reference = model.evaluate(*arguments[:2], context, arguments[3])
+            torch.testing.assert_close(out, reference, rtol=1e-5, atol=1e-5)
+    # Captions of one and of two, and steps. All captions have a bias, so there is one step.
+    assert recorder.recorded == 3
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from torch import Tensor
 from sana_sprint.kernels.norms import inverse_rms
 
 TOKENS_PER_SPLIT = 256  # at batch 1 and 1024 tokens, 70 heads alone would leave half of a large GPU idle
+PRECISE = "tf32x3"
 MOST_SPLITS = 16  # every block of queries reads the sums of all
 
 
@@ -86,7 +87,19 @@ def attend_heads(
         **shape,
     )
     _attend[(triton.cdiv(N, block_n), K, B)](
-        q, q_weight, inverse, sums, out, N, *strides, *out.stride()[:3], eps, splits=splits, **shape
+        q,
+        q_weight,
+        inverse,
+        sums,
+        out,
+        N,
+        *strides,
+        *out.stride()[:3],
+        eps,
+        splits=splits,
+        # Three tf32 products add up to an fp32 one: queries fit tf32, and sums are three parts that do.
+        precision="ieee" if q.dtype == torch.float32 else PRECISE,
+        **shape,
     )
 
 
@@ -161,6 +174,7 @@ def _attend(
     out_head_stride,
     eps,
     splits: tl.constexpr,
+    precision: tl.constexpr,
     head_dim: tl.constexpr,
     block_e: tl.constexpr,
     block_n: tl.constexpr,
@@ -186,7 +200,7 @@ def _attend(
     place = start_of_head + token.to(tl.int64)[:, None] * token_stride + inner[None, :]
     q = tl.load(q_ptr + place, mask=ok, other=0.0)
     q = _features(q, weight_ptr, inverse_ptr, rows, token_ok, channels, inner_ok, has_norm)
-    numerator = tl.dot(q, products, input_precision="ieee")
+    numerator = tl.dot(q, products, input_precision=precision)
     denominator = tl.sum(q * keys[None, :], 1) + eps
     out = numerator / denominator[:, None]
     start_of_head = batch.to(tl.int64) * out_image_stride + head.to(tl.int64) * out_head_stride

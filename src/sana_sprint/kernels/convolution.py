@@ -17,9 +17,8 @@ def gated_depthwise(
     bias: Tensor,
     grid: tuple[int, int],
     *,
-    block_w: int = 8,
-    block_c: int = 64,
-    rows: int = 8,
+    block_c: int = 128,
+    rows: int = 16,
     num_warps: int = 4,
 ) -> Tensor:
     """`value * silu(gate)`, where (value | gate) is the convolution of `silu(hidden)`: (B,N,2C) -> (B,N,C).
@@ -29,7 +28,7 @@ def gated_depthwise(
         weight: (2C,1,3,3).
         bias: (2C,).
         grid: (H,W).
-        block_w, block_c: columns and channels that a program handles, powers of 2.
+        block_c: channels that a program handles, a power of 2.
         rows: image rows that a program walks down, reading two more.
         num_warps: of 32 threads in a program.
     """
@@ -37,9 +36,9 @@ def gated_depthwise(
     C, (H, W) = double // 2, grid  # noqa: N806
     taps = weight.view(double, 9).t().contiguous()  # channels side by side, as threads read them
     out = torch.empty(B, N, C, dtype=hidden.dtype, device=hidden.device)
-    programs = (triton.cdiv(W, block_w), triton.cdiv(C, block_c) * triton.cdiv(H, rows), B)
+    programs = (triton.cdiv(C, block_c), triton.cdiv(W, 4) * triton.cdiv(H, rows), B)
     _gated_depthwise[programs](
-        hidden, taps, bias, out, H, W, C, block_w=block_w, block_c=block_c, rows=rows, num_warps=num_warps
+        hidden, taps, bias, out, H, W, C, block_c=block_c, rows=rows, num_warps=num_warps
     )
     return out
 
@@ -55,6 +54,36 @@ def _load(ptr, mask):
 
 
 @triton.jit
+def _activated(ptr, step, ok, x, width):
+    """Six columns from x - 1 on, activated; outside the picture they are 0, as their activation is."""
+    return (
+        _silu(_load(ptr - step, ok & (x > 0))),
+        _silu(_load(ptr, ok)),
+        _silu(_load(ptr + step, ok & (x + 1 < width))),
+        _silu(_load(ptr + 2 * step, ok & (x + 2 < width))),
+        _silu(_load(ptr + 3 * step, ok & (x + 3 < width))),
+        _silu(_load(ptr + 4 * step, ok & (x + 4 < width))),
+    )
+
+
+@triton.jit
+def _taps(ptr, step, ok):
+    """A row of the kernel: left, middle, right."""
+    return _load(ptr, ok), _load(ptr + step, ok), _load(ptr + 2 * step, ok)
+
+
+@triton.jit
+def _add(sums, row, taps):
+    """To the sums of four columns what six columns of a row contribute through a row of the kernel."""
+    return (
+        sums[0] + row[0] * taps[0] + row[1] * taps[1] + row[2] * taps[2],
+        sums[1] + row[1] * taps[0] + row[2] * taps[1] + row[3] * taps[2],
+        sums[2] + row[2] * taps[0] + row[3] * taps[1] + row[4] * taps[2],
+        sums[3] + row[3] * taps[0] + row[4] * taps[1] + row[5] * taps[2],
+    )
+
+
+@triton.jit
 def _gated_depthwise(
     hidden_ptr,
     taps_ptr,
@@ -63,44 +92,50 @@ def _gated_depthwise(
     height,
     width,
     hidden,
-    block_w: tl.constexpr,
     block_c: tl.constexpr,
     rows: tl.constexpr,
 ):
-    """Walks down `rows` rows. Each row read adds to three rows of the result, of which the oldest is then complete."""
+    """Walks down `rows` rows of four columns. Each row read adds to three rows of the result, of which the oldest is then
+    complete. A thread has its channels' columns, taps and sums in registers: an activation costs more than all that is made
+    of it, and every other way of meeting one's neighbours computes it three times."""
     strips = tl.cdiv(height, rows)
     image = tl.program_id(2).to(tl.int64)
     first = (tl.program_id(1) % strips) * rows
-    columns = tl.program_id(0) * block_w + tl.arange(0, block_w)
-    channels = (tl.program_id(1) // strips) * block_c + tl.arange(0, block_c)
+    x = (tl.program_id(1) // strips) * 4
+    channels = tl.program_id(0) * block_c + tl.arange(0, block_c)
     channels_ok = channels < hidden
     double = 2 * hidden
 
-    zero = tl.zeros((block_w, block_c), tl.float32)
-    value_start = zero + _load(bias_ptr + channels, channels_ok)[None, :]
-    gate_start = zero + _load(bias_ptr + hidden + channels, channels_ok)[None, :]
+    value_top = _taps(taps_ptr + channels, double, channels_ok)
+    value_middle = _taps(taps_ptr + 3 * double + channels, double, channels_ok)
+    value_bottom = _taps(taps_ptr + 6 * double + channels, double, channels_ok)
+    gate_top = _taps(taps_ptr + hidden + channels, double, channels_ok)
+    gate_middle = _taps(taps_ptr + 3 * double + hidden + channels, double, channels_ok)
+    gate_bottom = _taps(taps_ptr + 6 * double + hidden + channels, double, channels_ok)
+    bias = _load(bias_ptr + channels, channels_ok)
+    value_start = (bias, bias, bias, bias)
+    bias = _load(bias_ptr + hidden + channels, channels_ok)
+    gate_start = (bias, bias, bias, bias)
     value_above, value_here, value_below = value_start, value_start, value_start
     gate_above, gate_here, gate_below = gate_start, gate_start, gate_start
     for step in range(rows + 2):
         y = first + step - 1
-        for dx in tl.static_range(3):
-            x = columns + (dx - 1)
-            inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-            ok = inside[:, None] & channels_ok[None, :]
-            place = ((image * height + y) * width + x)[:, None] * double + channels[None, :]
-            value = _silu(_load(hidden_ptr + place, ok))
-            gate = _silu(_load(hidden_ptr + place + hidden, ok))
-            tap = taps_ptr + dx * double + channels
-            value_below += value * _load(tap, channels_ok)[None, :]
-            gate_below += gate * _load(tap + hidden, channels_ok)[None, :]
-            value_here += value * _load(tap + 3 * double, channels_ok)[None, :]
-            gate_here += gate * _load(tap + 3 * double + hidden, channels_ok)[None, :]
-            value_above += value * _load(tap + 6 * double, channels_ok)[None, :]
-            gate_above += gate * _load(tap + 6 * double + hidden, channels_ok)[None, :]
+        place = hidden_ptr + ((image * height + y) * width + x) * double + channels
+        ok = channels_ok & (y >= 0) & (y < height)
+        value = _activated(place, double, ok, x, width)
+        gate = _activated(place + hidden, double, ok, x, width)
+        value_below = _add(value_below, value, value_top)
+        gate_below = _add(gate_below, gate, gate_top)
+        value_here = _add(value_here, value, value_middle)
+        gate_here = _add(gate_here, gate, gate_middle)
+        value_above = _add(value_above, value, value_bottom)
+        gate_above = _add(gate_above, gate, gate_bottom)
         done = y - 1
-        place = ((image * height + done) * width + columns)[:, None] * hidden + channels[None, :]
-        ok = (step >= 2) & (done < height) & (columns < width)[:, None] & channels_ok[None, :]
-        result = value_above * _silu(gate_above)
-        tl.store(out_ptr + place, result.to(out_ptr.dtype.element_ty), mask=ok)
+        place = out_ptr + ((image * height + done) * width + x) * hidden + channels
+        ok = channels_ok & (step >= 2) & (done < height)
+        for column in tl.static_range(4):
+            result = value_above[column] * _silu(gate_above[column])
+            inside = ok & (x + column < width)
+            tl.store(place + column * hidden, result.to(out_ptr.dtype.element_ty), mask=inside)
         value_above, value_here, value_below = value_here, value_below, value_start
         gate_above, gate_here, gate_below = gate_here, gate_below, gate_start

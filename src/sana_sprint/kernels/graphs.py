@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from sana_sprint.models.blocks import CaptionContext
 from sana_sprint.models.transformer import SanaTransformer2DModel
+from sana_sprint.models.walk import tensors_of
 
 TOKENS = 32  # captions are padded to a multiple of this
 DEFAULT_LIMIT = 16  # graphs; they share the memory of what they compute, and hold their inputs
@@ -125,6 +126,53 @@ class _Graphs:
             yield
             self._last = stream.record_event()
 
+    def _call(
+        self,
+        key: Hashable,
+        models: Sequence[nn.Module],
+        function: Callable[..., Tensor],
+        inputs: tuple[Tensor, ...],
+    ) -> Tensor | None:
+        """`function(*inputs)`, or None where graphs do not apply. See `CallGraphs`."""
+        if not self._applies(inputs[0], models):
+            return None
+        device = inputs[0].device
+        shapes = tuple((x.shape, x.stride(), x.dtype) for x in inputs)
+        whole = (key, shapes, device, _addresses(models))
+
+        def place() -> _Call:
+            return _Call(tuple(torch.empty_like(x) for x in inputs), function)
+
+        return self._replay(whole, device, place, lambda call: call.fill(inputs), _Call.run)
+
+    def caption(
+        self,
+        models: Sequence[nn.Module],
+        encode: Callable[[Tensor, None], CaptionContext],
+        text: Tensor,
+        bias: Tensor | None,
+    ) -> CaptionContext | None:
+        """`encode(text, None)` under a bias (B,1,1,L), of as many tokens as the steps' recordings have; None where graphs do
+        not apply.
+
+        models: whose weights `encode` uses.
+        """
+        length = text.shape[1]
+        more = self.bucket(length) - length
+
+        def run(text: Tensor) -> Tensor:
+            context = encode(text, None)
+            return torch.stack([*context.keys, *context.values])
+
+        flat = self._call("caption", models, run, (nn.functional.pad(text, (0, 0, 0, more)),))
+        if flat is None:
+            return None
+        keys, values = flat.chunk(2)
+        if bias is None:
+            bias = text.new_zeros(text.shape[0], 1, 1, length, dtype=torch.float32)
+        bias = nn.functional.pad(bias, (0, more), value=float("-inf"))
+        return CaptionContext(keys.unbind(), values.unbind(), bias)
+
 
 class CallGraphs(_Graphs):
     """Recorded calls of any function of tensors, such as a decoder."""
@@ -141,16 +189,7 @@ class CallGraphs(_Graphs):
             function: of tensors on one device to a tensor.
             inputs: its arguments; another shape or dtype is another recording.
         """
-        if not self._applies(inputs[0], models):
-            return None
-        device = inputs[0].device
-        shapes = tuple((x.shape, x.stride(), x.dtype) for x in inputs)
-        whole = (key, shapes, device, _addresses(models))
-
-        def place() -> _Call:
-            return _Call(tuple(torch.empty_like(x) for x in inputs), function)
-
-        return self._replay(whole, device, place, lambda call: call.fill(inputs), _Call.run)
+        return self._call(key, models, function, inputs)
 
 
 @dataclass
@@ -290,11 +329,4 @@ class _Step:
 
 def _addresses(models: Sequence[nn.Module]) -> int:
     """Changes if any weight of the models is replaced, rather than written to."""
-    addresses = []
-    todo = list(models)
-    while todo:  # `model.parameters()` makes names and takes five times as long, in every step
-        module = todo.pop()
-        todo += [child for child in module._modules.values() if child is not None]
-        tensors = (*module._parameters.values(), *module._buffers.values())
-        addresses += [tensor.data_ptr() for tensor in tensors if tensor is not None]
-    return hash(tuple(addresses))
+    return hash(tuple(tensor.data_ptr() for tensor in tensors_of(*models)))

@@ -153,6 +153,8 @@ class CaptionContext:
 
     def padded(self, tokens: int) -> CaptionContext:
         """Of so many tokens: what is added has weight exactly 0. The bias is never None."""
+        if self.bias is not None and tokens == self.bias.shape[-1]:
+            return self
         batch, _, length, _ = self.keys[0].shape
         bias = (
             self.keys[0].new_zeros(batch, 1, 1, length, dtype=torch.float32)
@@ -240,9 +242,12 @@ class SanaBlocks(nn.Module):
     """Blocks and what they are told: embedded time, guidance and captions. Subclasses give the tokens their meaning.
 
     `gradient_checkpointing` True recomputes each block in the backward pass instead of keeping its activations.
+    `graphs`, if set, are asked first, and give the same results with one launch, or None where they do not apply; see
+    `sana_sprint.kernels.graphs`.
     `has_embedders` False leaves the embedders out: those methods that need them are then another model's to answer.
     """
 
+    graphs: Any = None
     patch_embed: PatchEmbed
     time_embed: TimeEmbedding | GuidedTimeEmbedding
     caption_projection: CaptionProjection
@@ -291,26 +296,37 @@ class SanaBlocks(nn.Module):
 
         text (B,L,caption_channels); text_mask (B,L), True or 1 = keep, None = keep all.
         """
-        return self.attend_to(self.project_caption(text), text_mask)
+        return self._encode_caption(self, text, text_mask)
 
-    def project_caption(self, text: Tensor) -> Tensor:
-        """Captions (B,L,caption_channels) -> what blocks attend to, (B,L,D)."""
+    def _encode_caption(
+        self, embedders: SanaBlocks, text: Tensor, text_mask: Tensor | None
+    ) -> CaptionContext:
+        """`encode_caption` of captions that the embedders of this or of another model project."""
         if text.ndim != 3 or text.shape[-1] != self.config.caption_channels:
             raise ValueError(
                 f"text has shape {tuple(text.shape)}; expected (batch, tokens, {self.config.caption_channels})"
             )
-        projected: Tensor = self.caption_norm(self.caption_projection(text.to(self.dtype)))
-        return projected
-
-    def attend_to(self, caption: Tensor, text_mask: Tensor | None) -> CaptionContext:
-        """Every block's keys and values of projected captions (B,L,D); text_mask as for `encode_caption`."""
-        if text_mask is not None and text_mask.shape != caption.shape[:2]:
+        if text_mask is not None and text_mask.shape != text.shape[:2]:
             raise ValueError(
-                f"text_mask has shape {tuple(text_mask.shape)}; expected {tuple(caption.shape[:2])} as the text has"
+                f"text_mask has shape {tuple(text_mask.shape)}; expected {tuple(text.shape[:2])} as the text has"
             )
+
+        def encode(text: Tensor, bias: Tensor | None) -> CaptionContext:
+            projected = embedders.caption_norm(embedders.caption_projection(text.to(embedders.dtype)))
+            return self._attend_to(projected, bias)
+
+        bias = _attention_bias(text_mask)
+        if self.graphs is not None:
+            context: CaptionContext | None = self.graphs.caption((self, embedders), encode, text, bias)
+            if context is not None:
+                return context
+        return encode(text, bias)
+
+    def _attend_to(self, caption: Tensor, bias: Tensor | None) -> CaptionContext:
+        """Every block's keys and values of projected captions (B,L,D)."""
         caption = caption.to(product_dtype(self._any_weight))
         keys, values = zip(*(block.attn2.encode(caption) for block in self.blocks), strict=True)
-        return CaptionContext(keys, values, _attention_bias(text_mask))
+        return CaptionContext(keys, values, bias)
 
     def embed_time(self, timestep: Tensor, guidance: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Flow time (B,) in [0,1] and guidance scale (B,) as users mean it (4.5), both fp32, to vectors.

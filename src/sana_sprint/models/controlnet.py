@@ -13,7 +13,6 @@ Axes: B batch, C latent channels, H W token grid, N = H*W image tokens, L text t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
@@ -76,7 +75,6 @@ class SanaControlNetModel(SanaBlocks):
 
     config: ControlNetConfig
     config_class = ControlNetConfig
-    graphs: Callable[..., Tensor | None] | None = None  # see `sana_sprint.kernels.graphs.CallGraphs`
     published_class_name = "SanaControlNetModel"
 
     def __init__(self, config: ControlNetConfig) -> None:
@@ -127,7 +125,7 @@ class SanaControlNetModel(SanaBlocks):
         self, transformer: SanaTransformer2DModel, text: Tensor, text_mask: Tensor | None = None
     ) -> CaptionContext:
         """The captions' part of `encode`: the copies have attention weights, hence keys and values, of their own."""
-        return self.attend_to(self._embedders(transformer).project_caption(text), text_mask)
+        return self._encode_caption(self._embedders(transformer), text, text_mask)
 
     def encode_condition(self, transformer: SanaTransformer2DModel, control_latent: Tensor) -> Tensor:
         """The picture's part of `encode`: what is added to the branch's first tokens, (B,N,D)."""

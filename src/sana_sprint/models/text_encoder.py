@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from sana_sprint.models.prefix import Prefix, autocast_dtype, continue_prefix, run_prefix, stored_prefix
+from sana_sprint.models.walk import tensors_of
 from sana_sprint.prompts import (
     DEFAULT_MAX_SEQUENCE_LENGTH,
     TokenWindow,
@@ -227,21 +228,22 @@ def _num_shared(tokens: _Tokens) -> int:
 
 def _ignores_cache(model: Gemma2Model) -> bool:
     """Gemma's layers do without their cache when they are checkpointed."""
-    checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    return checkpointed and model.training
+    return model.training and any(
+        getattr(module, "gradient_checkpointing", False) for module in model.modules()
+    )
 
 
 def _fingerprint(model: nn.Module) -> tuple[object, ...]:
-    """Changes when a parameter is replaced, moved, cast or, as far as torch counts that, written to."""
+    """Changes when a parameter or buffer is replaced, moved, cast or, as far as torch counts that, written to."""
     return tuple(
         (
             # Quantised and sharded parameters are subclasses that may have no storage of their own.
-            parameter.data_ptr() if type(parameter) is nn.Parameter else id(parameter),
-            0 if parameter.is_inference() else parameter._version,  # inference tensors count no versions
-            parameter.dtype,
-            parameter.device,
+            tensor.data_ptr() if type(tensor) in (nn.Parameter, Tensor) else id(tensor),
+            0 if tensor.is_inference() else tensor._version,  # inference tensors count no versions
+            tensor.dtype,
+            tensor.device,
         )
-        for parameter in model.parameters()
+        for tensor in tensors_of(model)
     )
 
 

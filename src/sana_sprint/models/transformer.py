@@ -33,13 +33,10 @@ class SanaTransformer2DModel(SanaBlocks):
     """Predicts the flow velocity of a noisy latent, given flow time, caption and, if it was so trained, guidance.
 
     `gradient_checkpointing` True recomputes each block in the backward pass instead of keeping its activations.
-    `graphs`, if set, is asked first: with the model and the arguments of `forward` it gives the same result with one
-    launch, or None where it does not apply; see `sana_sprint.kernels.graphs`.
     """
 
     config_class = TransformerConfig
     published_class_name = "SanaTransformer2DModel"
-    graphs: Callable[..., Tensor | None] | None = None
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)
@@ -66,7 +63,7 @@ class SanaTransformer2DModel(SanaBlocks):
         """
         self.check_inputs(hidden_states, timestep, context, guidance)
         if self.graphs is not None and control is None:
-            out = self.graphs(self, hidden_states, timestep, context, guidance)
+            out: Tensor | None = self.graphs(self, hidden_states, timestep, context, guidance)
             if out is not None:
                 return out
         return self.evaluate(hidden_states, timestep, context, guidance, control)

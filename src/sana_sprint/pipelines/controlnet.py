@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from sana_sprint.conditions import Picture, check_kind, condition_for
@@ -141,15 +142,15 @@ class _Following:
         def steer(conditioning: Conditioning) -> Conditioning:
             latents = encode(self.vae, seen).to(conditioning.transformer.device)
             tokens = self.controlnet.encode_condition(conditioning.transformer, latents)
-            pictures = to_pil(seen)
-            followed = _Followed(
-                **vars(replace(conditioning, conditions=tuple(pictures[row] for row in rows))),
+            return _Followed(
+                **vars(conditioning),
+                seen=seen,
+                rows=rows,
                 controlnet=self.controlnet,
                 scale=self.scale,
                 steps=steps,
                 control=ControlContext(_captions(self.controlnet, conditioning, repeats), tokens[list(rows)]),
             )
-            return followed
 
         return steer
 
@@ -171,11 +172,17 @@ class _Following:
 class _Followed(Conditioning):
     """Conditioning that also follows pictures, in some of the steps. `step` is the number of the next one."""
 
+    seen: Tensor  # (P,3,H,W)
+    rows: tuple[int, ...]  # for each image the number of its picture
     controlnet: SanaControlNetModel
     scale: float
     steps: frozenset[int]
     control: ControlContext
     step: int = 0
+
+    def conditions(self) -> tuple[Image.Image, ...]:
+        pictures = to_pil(self.seen)  # made when all else is done: a device would be waited for
+        return tuple(pictures[row] for row in self.rows)
 
     def replace_text(self, embeds: Tensor) -> None:
         super().replace_text(embeds)

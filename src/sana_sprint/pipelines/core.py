@@ -114,7 +114,6 @@ class Conditioning:
     text: TextInputs  # one row per image
     context: CaptionContext
     guidance: Tensor | None  # (B,) fp32
-    conditions: tuple[Image.Image, ...] = ()  # pictures that are followed, one per image
 
     @classmethod
     def of(
@@ -130,6 +129,10 @@ class Conditioning:
             context=context if repeats == 1 else context.repeat(repeats),
             guidance=None if guidance is None else torch.tensor(guidance, dtype=torch.float32, device=device),
         )
+
+    def conditions(self) -> tuple[Image.Image, ...]:
+        """The pictures that are followed, one per image."""
+        return ()
 
     def replace_text(self, embeds: Tensor) -> None:
         """Go on with other embeddings (B,L,D) under the same mask."""

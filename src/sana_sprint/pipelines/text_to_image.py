@@ -157,7 +157,7 @@ class SanaSprintPipeline(BasePipeline):
         return {
             "dtype": dtype_name(self.dtype),
             "lost_tokens": conditioning.text.lost_tokens,
-            "conditions": conditioning.conditions,
+            "conditions": conditioning.conditions(),
         }
 
     def _plan_size(self, height: int | None, width: int | None, use_binning: bool) -> Size:
