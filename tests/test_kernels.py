@@ -24,10 +24,10 @@ pytest.importorskip("triton", reason="fused kernels need Triton")
 
 from sana_sprint.kernels import norms, pixels
 from sana_sprint.kernels.attention import linear_attention
-from sana_sprint.kernels.convolution import gated_depthwise
+from sana_sprint.kernels.convolution import depthwise5, gated_depthwise
 from sana_sprint.kernels.fused_pixels import use_fused_pixels
 from sana_sprint.kernels.fused_text import use_fused_norms
-from sana_sprint.kernels.norms import modulated_norm, rms_norm
+from sana_sprint.kernels.norms import gated_sum, modulated_norm, rms_norm
 from sana_sprint.quantize import rounding
 from sana_sprint.quantize.layers import QuantizedLinear
 
@@ -114,6 +114,25 @@ def test_depthwise_convolution_and_gate(dtype):
     assert out.dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("height", "width"), [(3, 5), (5, 8), (1, 1)])
+def test_depthwise_convolution_of_five(dtype, height, width):
+    x, weight = channels_last(B, D, height, width, dtype=dtype), torch.randn(D, 1, 5, 5).to(dtype)
+    out = depthwise5(x, weight, block_c=16, rows=2)
+    reference = F.conv2d(x.double(), weight.double(), padding=2, groups=D)
+    assert error(out, reference) < 3 * roundoff(dtype)
+    assert out.dtype == dtype
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gated_sum(dtype):
+    x, change = (torch.randn(B, 3, D).to(dtype) for _ in range(2))
+    gate = torch.randn(B, 6, D).to(dtype)[:, 2]
+    reference = x.double() + gate.double()[:, None] * change.double()
+    assert error(gated_sum(x, gate, change), reference) < 3 * roundoff(dtype)
+
+
 # ----- a block --------------------------------------------------------------------------------------------------------
 
 
@@ -198,6 +217,10 @@ def test_norm_of_pixels(dtype, adds):
     assert error(out, reference) < 3 * roundoff(dtype)
     assert out.dtype == dtype
     assert out.is_contiguous(memory_format=torch.channels_last)
+    activated = pixels.rms_norm(
+        change, norm.weight, norm.bias, norm.eps, add_to=x if adds else None, relu=True
+    )
+    assert torch.equal(activated, out.relu())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -110,15 +110,15 @@ def _run(
     bias: Tensor | None,
     grid: tuple[int, int],
 ) -> Tensor:
-    from sana_sprint.kernels.norms import modulated_norm
+    from sana_sprint.kernels.norms import gated_sum, modulated_norm
 
     parts = block.scale_shift_table + modulation  # (B,6,D)
     shift1, scale1, gate1, shift2, scale2, gate2 = parts.unbind(1)
     x, normed = modulated_norm(x.contiguous(), shift1, scale1, block.norm1.eps)
-    x = torch.addcmul(x, gate1[:, None], _self_attention(block.attn1, normed))
+    x = gated_sum(x, gate1, _self_attention(block.attn1, normed))
     crossed = _cross_attention(block.attn2, x, key, value, bias)
     x, normed = modulated_norm(x, shift2, scale2, block.norm2.eps, delta=crossed)
-    return torch.addcmul(x, gate2[:, None], _feed_forward(block.ff, normed, grid))
+    return gated_sum(x, gate2, _feed_forward(block.ff, normed, grid))
 
 
 def _self_attention(layer: LinearSelfAttention, x: Tensor) -> Tensor:

@@ -54,13 +54,18 @@ def applies(x: Tensor) -> bool:
     )
 
 
-def _norm(norm: ChannelRMSNorm, change: Tensor, x: Tensor | None = None) -> Tensor | None:
+def _norm(
+    norm: ChannelRMSNorm, change: Tensor, x: Tensor | None = None, activation: nn.Module | None = None
+) -> Tensor | None:
+    """The norm, added to x, and activated."""
     from sana_sprint.kernels.pixels import rms_norm
 
     if not applies(change) or not (x is None or applies(x)):
         return None
     with fused.on_device(change):
-        return rms_norm(change, norm.weight, norm.bias, norm.eps, add_to=x)
+        relu = isinstance(activation, nn.ReLU)
+        out = rms_norm(change, norm.weight, norm.bias, norm.eps, add_to=x, relu=relu)
+    return out if activation is None or relu else activation(out)
 
 
 def _upsample(
@@ -115,7 +120,7 @@ def _mix(layer: MultiscaleLinearAttention, qkv: Tensor) -> Tensor | None:
     scales = [torch.unflatten(qkv.movedim(1, -1).flatten(1, 2), -1, (num_heads, 3, dim))]
     for scale in layer.to_qkv_multiscale:
         assert isinstance(scale, QKVScale)
-        near = scale.proj_in(qkv).contiguous(memory_format=torch.channels_last)
+        near = _aggregate(scale.proj_in, qkv).contiguous(memory_format=torch.channels_last)
         pixels = near.movedim(1, -1).reshape(-1, 3 * num_heads, dim)
         weights = scale.proj_out.weight.view(3 * num_heads, dim, dim)
         # A product for each group: convolutions of so many groups take a launch for each.
@@ -127,6 +132,15 @@ def _mix(layer: MultiscaleLinearAttention, qkv: Tensor) -> Tensor | None:
             q, k, v = heads.unbind(3)
             attend_heads(q, k, v, out[:, :, number], eps=ATTENTION_EPS)
     return out.flatten(2)
+
+
+def _aggregate(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    from sana_sprint.kernels.convolution import depthwise5
+
+    if conv.kernel_size == (5, 5):
+        with fused.on_device(x):
+            return depthwise5(x, conv.weight)
+    return conv(x)
 
 
 _KERNELS: dict[type[nn.Module], Callable[..., Any]] = {

@@ -1,4 +1,4 @@
-"""Norms over a token's channels in one pass over memory each; needs Triton.
+"""Norms over a token's channels, and gates, in one pass over memory each; needs Triton.
 
 Whatever the dtype of the tensors (bf16, fp16 or fp32), sums and products are fp32 and the result is rounded once.
 Axes: B batch, N tokens, D width.
@@ -53,6 +53,17 @@ def inverse_rms(q: Tensor, k: Tensor, eps: float) -> Tensor:
     B, N, D = q.shape  # noqa: N806
     out = torch.empty(2, B, N, dtype=torch.float32, device=q.device)
     _inverse_rms[(B * N, 2)](q, k, out, B * N, D, eps, block=triton.next_power_of_2(D), num_warps=8)
+    return out
+
+
+def gated_sum(x: Tensor, gate: Tensor, change: Tensor) -> Tensor:
+    """`x + gate * change`: x, change (B,N,D) contiguous, gate (B,D) with channels side by side."""
+    B, N, D = x.shape  # noqa: N806
+    out = torch.empty_like(x)
+    block_n, block_d = 16, 256
+    _gated_sum[(triton.cdiv(N, block_n), triton.cdiv(D, block_d), B)](
+        x, gate, change, out, N, D, gate.stride(0), block_n=block_n, block_d=block_d, num_warps=4
+    )
     return out
 
 
@@ -113,3 +124,28 @@ def _inverse_rms(q_ptr, k_ptr, out_ptr, rows, dim, eps, block: tl.constexpr):
         x_ptr = k_ptr
     x = tl.load(x_ptr + row * dim + channels, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + is_key * rows + row, tl.rsqrt(tl.sum(x * x, 0) / dim + eps))
+
+
+@triton.jit
+def _gated_sum(
+    x_ptr,
+    gate_ptr,
+    change_ptr,
+    out_ptr,
+    tokens,
+    dim,
+    gate_stride,
+    block_n: tl.constexpr,
+    block_d: tl.constexpr,
+):
+    token = tl.program_id(0) * block_n + tl.arange(0, block_n)
+    channels = tl.program_id(1) * block_d + tl.arange(0, block_d)
+    image = tl.program_id(2).to(tl.int64)
+    ok = (token < tokens)[:, None] & (channels < dim)[None, :]
+    gate = tl.load(gate_ptr + image * gate_stride + channels, mask=channels < dim, other=0.0).to(tl.float32)
+    start = image * tokens * dim
+    place = token[:, None] * dim + channels[None, :]
+    x = tl.load(x_ptr + start + place, mask=ok, other=0.0).to(tl.float32)
+    change = tl.load(change_ptr + start + place, mask=ok, other=0.0).to(tl.float32)
+    out = x + gate[None, :] * change
+    tl.store(out_ptr + start + place, out.to(out_ptr.dtype.element_ty), mask=ok)

@@ -15,11 +15,17 @@ _TILE = 4096  # numbers that a program holds at a time
 
 
 def rms_norm(
-    change: Tensor, weight: Tensor, bias: Tensor, eps: float, *, add_to: Tensor | None = None
+    change: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    add_to: Tensor | None = None,
+    relu: bool = False,
 ) -> Tensor:
     """`add_to + weight * change / sqrt(mean(change^2) + eps) + bias`, over the channels of each pixel.
 
-    change, add_to: (B,C,H,W), channels_last; weight, bias: (C,).
+    change, add_to: (B,C,H,W), channels_last; weight, bias: (C,); relu: make what is negative 0.
     """
     C = change.shape[1]  # noqa: N806 (axis letters)
     pixels = change.numel() // C
@@ -36,6 +42,7 @@ def rms_norm(
         C,
         eps,
         adds=add_to is not None,
+        relu=relu,
         block_m=block_m,
         block_c=block_c,
         num_warps=8,
@@ -102,6 +109,7 @@ def _rms_norm(
     dim,
     eps,
     adds: tl.constexpr,
+    relu: tl.constexpr,
     block_m: tl.constexpr,
     block_c: tl.constexpr,
 ):
@@ -117,6 +125,8 @@ def _rms_norm(
     out = change * inverse[:, None] * weight[None, :] + bias[None, :]
     if adds:
         out += tl.load(x_ptr + place, mask=ok, other=0.0).to(tl.float32)
+    if relu:
+        out = tl.where(out < 0.0, 0.0, out)  # NaN stays NaN, so that it is found
     tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=ok)
 
 
@@ -139,30 +149,46 @@ def _interleave(
     out_ptr,
     height,
     width,
-    dim,
-    inputs,
-    repeats,
+    dim: tl.constexpr,
+    inputs: tl.constexpr,
+    repeats: tl.constexpr,
     has_bias: tl.constexpr,
     adds: tl.constexpr,
     block_w: tl.constexpr,
     block_c: tl.constexpr,
 ):
-    pieces = tl.cdiv(dim, block_c)
+    """Part of a row of the result. Places inside a row fit 32 bits; sizes that are known save dividing by them."""
+    pieces: tl.constexpr = (dim + block_c - 1) // block_c
     image = (tl.program_id(2) // pieces).to(tl.int64)
-    channels = (tl.program_id(2) % pieces) * block_c + tl.arange(0, block_c)
+    first = (tl.program_id(2) % pieces) * block_c
+    channels = first + tl.arange(0, block_c)
     row = tl.program_id(1)
-    columns = tl.program_id(0) * block_w + tl.arange(0, block_w)
     a, i = row % 2, row // 2
+    columns = tl.program_id(0) * block_w + tl.arange(0, block_w)
     b, j = columns % 2, columns // 2
     ok = (columns < 2 * width)[:, None] & (channels < dim)[None, :]
-    phase = 2 * a + b
-    source = ((image * (height + 1) + i + a) * (width + 1) + j + b) * 4 * dim + phase * dim
-    out = tl.load(phases_ptr + source[:, None] + channels[None, :], mask=ok, other=0.0).to(tl.float32)
+    source = phases_ptr + ((image * (height + 1) + i + a) * (width + 1) * 4 + 2 * a) * dim
+    place = ((j + b) * 4 + b) * dim
+    out = tl.load(source + place[:, None] + channels[None, :], mask=ok, other=0.0).to(tl.float32)
     if has_bias:
         out += tl.load(bias_ptr + channels, mask=channels < dim, other=0.0).to(tl.float32)[None, :]
     if adds:
-        origin = ((image * height + i) * width + j) * inputs
-        repeated = (4 * channels[None, :] + phase[:, None]) // repeats
-        out += tl.load(x_ptr + origin[:, None] + repeated, mask=ok, other=0.0).to(tl.float32)
-    target = ((image * 2 * height + row) * 2 * width + columns) * dim
-    tl.store(out_ptr + target[:, None] + channels[None, :], out.to(out_ptr.dtype.element_ty), mask=ok)
+        source = x_ptr + (image * height + i) * width * inputs + (j * inputs)[:, None]
+        if repeats == 4:  # the common numbers are read side by side
+            near = tl.load(source + channels[None, :], mask=ok, other=0.0)
+        elif repeats == 2:
+            both = 2 * first + tl.arange(0, 2 * block_c)
+            pair = tl.load(
+                source + both[None, :],
+                mask=(columns < 2 * width)[:, None] & (both < inputs)[None, :],
+                other=0.0,
+            )
+            even, odd = tl.split(tl.reshape(pair, (block_w, block_c, 2)))
+            near = tl.where(a == 0, even, odd)
+        else:
+            place = (4 * channels[None, :] + (2 * a + b)[:, None]) // repeats
+            near = tl.load(source + place, mask=ok, other=0.0)
+        out += near.to(tl.float32)
+    target = out_ptr + (image * 2 * height + row) * 2 * width * dim
+    place = columns[:, None] * dim + channels[None, :]
+    tl.store(target + place, out.to(out_ptr.dtype.element_ty), mask=ok)

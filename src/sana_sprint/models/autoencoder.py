@@ -302,9 +302,9 @@ class Decoder(nn.Module):
             x = x + repeat_channels(latent, self.in_repeats)
         for stage in reversed(self.up_blocks):
             x = stage(x)
-        normed = self.norm_out.by_kernel(x)
-        if normed is not None:
-            x = self.conv_act(normed)
+        activated = self.norm_out.by_kernel(x, None, self.conv_act)
+        if activated is not None:
+            x = activated
         else:  # nobody else holds the last block's result, so it may be written over
             x = over_pixels(lambda x: self.conv_act(self.norm_out.pixels(x)), x)
         image: Tensor = self.conv_out(x)
