@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from sana_sprint import numerics
 from sana_sprint.numerics import (
     MAX_SEED,
     NonFiniteError,
@@ -12,6 +13,7 @@ from sana_sprint.numerics import (
     check_finite,
     component_dtypes,
     draw_noise,
+    finite_checks_later,
     image_seeds,
     make_generators,
     parse_dtype,
@@ -65,6 +67,29 @@ def test_finite_tensors_pass_through_and_others_name_the_stage():
         broken[1, 2] = bad
         with pytest.raises(NonFiniteError, match=r"step 1 of 2 gave 1 of 6 .* bfloat16"):
             check_finite(broken, "step 1 of 2")
+
+
+def test_checks_of_a_device_come_last_and_in_order(monkeypatch):
+    monkeypatch.setattr(numerics, "_computes_later", lambda tensor: True)
+    done = []
+
+    def run(*stages, later=True, error=None):
+        with finite_checks_later(later):
+            for stage, value in stages:
+                tensor = torch.tensor([1.0, value])
+                assert check_finite(tensor, stage) is tensor
+                done.append(stage)
+            if error:
+                raise error
+
+    with pytest.raises(NonFiniteError, match="first gave 1 of 2"):
+        run(("good", 1.0), ("first", math.nan), ("second", math.inf))
+    assert done == ["good", "first", "second"]
+    with pytest.raises(NonFiniteError, match="at once"):
+        run(("at once", math.nan), later=False)
+    with pytest.raises(ZeroDivisionError):  # a call that fails otherwise says so
+        run(("first", math.nan), error=ZeroDivisionError())
+    run(("good", 1.0))
 
 
 def test_seeds_count_up_from_one_number():

@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import operator
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -92,14 +95,65 @@ def component_dtypes(
 
 
 def check_finite(tensor: Tensor, stage: str) -> Tensor:
-    """`tensor` itself, or NonFiniteError naming the `stage` that made it, such as "step 1 of 2"."""
-    if bool(torch.isfinite(tensor).all()):
-        return tensor
-    num_bad = int((~torch.isfinite(tensor)).sum())
-    raise NonFiniteError(
-        f"{stage} gave {num_bad} of {tensor.numel()} values that are NaN or infinite, in {dtype_name(tensor.dtype)}: "
-        "the weights are damaged, or do not bear the dtype they run in (try float32)"
-    )
+    """`tensor` itself, or NonFiniteError naming the `stage` that made it, such as "step 1 of 2".
+
+    Inside `finite_checks_later`, a tensor on CUDA is returned unchecked.
+    """
+    checks = _LATER.get()
+    if checks is not None and _computes_later(tensor):
+        checks.append(_Check.of(tensor, stage))
+    elif not bool(torch.isfinite(tensor).all()):
+        _Check.of(tensor, stage).verify()
+    return tensor
+
+
+def _computes_later(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
+@contextmanager
+def finite_checks_later(enabled: bool = True) -> Iterator[None]:
+    """Verifies what `check_finite` saw on leaving, in order: until then no check waits for the device to have computed."""
+    checks: list[_Check] = []
+    token = _LATER.set(checks if enabled else None)
+    try:
+        yield
+    finally:
+        _LATER.reset(token)
+    for check in checks:
+        check.verify()
+
+
+@dataclass(frozen=True)
+class _Check:
+    """What is asked of a tensor, without holding on to it."""
+
+    num_finite: Tensor
+    num_values: int
+    dtype: torch.dtype
+    stage: str
+
+    @classmethod
+    def of(cls, tensor: Tensor, stage: str) -> _Check:
+        return cls(torch.isfinite(tensor).sum(), tensor.numel(), tensor.dtype, stage)
+
+    def verify(self) -> None:
+        num_bad = self.num_values - int(self.num_finite)
+        if num_bad:
+            raise NonFiniteError(
+                f"{self.stage} gave {num_bad} of {self.num_values} values that are NaN or infinite, in "
+                f"{dtype_name(self.dtype)}: the weights are damaged, or do not bear the dtype they run in (try float32)"
+            )
+
+
+_LATER: ContextVar[list[_Check] | None] = ContextVar("finite checks", default=None)
+
+
+def send(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on `device`; from the CPU to CUDA without waiting until the device has come so far."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 # ----- seeds and noise ------------------------------------------------------------------------------------------------
@@ -155,10 +209,10 @@ def draw_noise(
         ValueError: if the sequence has another length than the batch.
     """
     if generators is None or isinstance(generators, torch.Generator):
-        return _randn(shape, generators).to(device)
+        return send(_randn(shape, generators), device)
     if len(generators) != shape[0]:
         raise ValueError(f"there must be one generator per image, {shape[0]} here; got: {len(generators)}")
-    return torch.cat([_randn((1, *shape[1:]), generator).to(device) for generator in generators])
+    return torch.cat([send(_randn((1, *shape[1:]), generator), device) for generator in generators])
 
 
 def _randn(shape: Sequence[int], generator: torch.Generator | None) -> Tensor:

@@ -48,7 +48,9 @@ def gated_depthwise(
     return out
 
 
-def depthwise5(x: Tensor, weight: Tensor, *, block_c: int = 128, rows: int = 16, num_warps: int = 4) -> Tensor:
+def depthwise5(
+    x: Tensor, weight: Tensor, *, block_c: int = 128, rows: int = 16, num_warps: int = 4
+) -> Tensor:
     """A convolution of each channel by itself, without bias, of the same size: (B,C,H,W), channels_last.
 
     Args:
@@ -207,9 +209,7 @@ def _add_row(sums, row, taps):
 
 
 @triton.jit
-def _depthwise5(
-    x_ptr, taps_ptr, out_ptr, height, width, dim, block_c: tl.constexpr, rows: tl.constexpr
-):
+def _depthwise5(x_ptr, taps_ptr, out_ptr, height, width, dim, block_c: tl.constexpr, rows: tl.constexpr):
     """Walks down four columns as `_gated_depthwise` does; a row read adds to five rows of the result."""
     strips = tl.cdiv(height, rows)
     image = tl.program_id(2).to(tl.int64)

@@ -140,7 +140,8 @@ def _aggregate(conv: nn.Conv2d, x: Tensor) -> Tensor:
     if conv.kernel_size == (5, 5):
         with fused.on_device(x):
             return depthwise5(x, conv.weight)
-    return conv(x)
+    out: Tensor = conv(x)
+    return out
 
 
 _KERNELS: dict[type[nn.Module], Callable[..., Any]] = {

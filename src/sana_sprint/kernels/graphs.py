@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sana_sprint.models.blocks import CaptionContext
+from sana_sprint.models.blocks import CaptionContext, attention_bias
 from sana_sprint.models.transformer import SanaTransformer2DModel
 from sana_sprint.models.walk import tensors_of
 
@@ -150,10 +150,10 @@ class _Graphs:
         models: Sequence[nn.Module],
         encode: Callable[[Tensor, None], CaptionContext],
         text: Tensor,
-        bias: Tensor | None,
+        text_mask: Tensor | None,
     ) -> CaptionContext | None:
-        """`encode(text, None)` under a bias (B,1,1,L), of as many tokens as the steps' recordings have; None where graphs do
-        not apply.
+        """`encode(text, None)` under the mask's bias, of as many tokens as the steps' recordings have; None where graphs do not
+        apply. Whether the mask hides anything would have to be asked of the device, so there always is a bias.
 
         models: whose weights `encode` uses.
         """
@@ -168,8 +168,7 @@ class _Graphs:
         if flat is None:
             return None
         keys, values = flat.chunk(2)
-        if bias is None:
-            bias = text.new_zeros(text.shape[0], 1, 1, length, dtype=torch.float32)
+        bias = attention_bias(text.new_ones(text.shape[:2]) if text_mask is None else text_mask)
         bias = nn.functional.pad(bias, (0, more), value=float("-inf"))
         return CaptionContext(keys.unbind(), values.unbind(), bias)
 

@@ -315,12 +315,13 @@ class SanaBlocks(nn.Module):
             projected = embedders.caption_norm(embedders.caption_projection(text.to(embedders.dtype)))
             return self._attend_to(projected, bias)
 
-        bias = _attention_bias(text_mask)
         if self.graphs is not None:
-            context: CaptionContext | None = self.graphs.caption((self, embedders), encode, text, bias)
+            context: CaptionContext | None = self.graphs.caption((self, embedders), encode, text, text_mask)
             if context is not None:
                 return context
-        return encode(text, bias)
+        if text_mask is None or bool((text_mask != 0).all()):
+            return encode(text, None)
+        return encode(text, attention_bias(text_mask))
 
     def _attend_to(self, caption: Tensor, bias: Tensor | None) -> CaptionContext:
         """Every block's keys and values of projected captions (B,L,D)."""
@@ -378,9 +379,7 @@ class SanaBlocks(nn.Module):
         return latent.shape[2] // patch, latent.shape[3] // patch
 
 
-def _attention_bias(text_mask: Tensor | None) -> Tensor | None:
-    """(B,L) keep-mask -> additive bias (B,1,1,L) in fp32, or None when every token is kept."""
-    if text_mask is None or bool((text_mask != 0).all()):
-        return None
+def attention_bias(text_mask: Tensor) -> Tensor:
+    """(B,L) keep-mask -> additive bias (B,1,1,L) in fp32."""
     bias = torch.zeros(text_mask.shape, dtype=torch.float32, device=text_mask.device)
     return bias.masked_fill(text_mask == 0, MASKED_BIAS)[:, None, None, :]

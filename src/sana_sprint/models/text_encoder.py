@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from sana_sprint.models.prefix import Prefix, autocast_dtype, continue_prefix, run_prefix, stored_prefix
 from sana_sprint.models.walk import tensors_of
+from sana_sprint.numerics import send
 from sana_sprint.prompts import (
     DEFAULT_MAX_SEQUENCE_LENGTH,
     TokenWindow,
@@ -123,7 +124,7 @@ class PromptEncoder:
         tokens = self._tokenise(texts, join_instruction(complex_human_instruction), max_sequence_length)
         num_tokens = tuple(tokens.window.num_kept(len(row)) for row in tokens.rows)
         embeds = self._run(tokens)
-        mask = (torch.arange(embeds.shape[1]) < torch.tensor(num_tokens)[:, None]).to(embeds.device)
+        mask = send(torch.arange(embeds.shape[1]) < torch.tensor(num_tokens)[:, None], embeds.device)
         if min(num_tokens) < max(num_tokens):
             embeds = embeds.masked_fill(~mask[..., None], 0.0)
         return PromptEmbeddings(
@@ -168,7 +169,7 @@ class PromptEncoder:
         shared = 0 if _ignores_cache(model) else _num_shared(tokens)
         # No attention mask: in a causal model no token sees the padding behind it, whatever that holds.
         new_rows = [torch.tensor(row[shared:]) for row in tokens.rows]
-        new = nn.utils.rnn.pad_sequence(new_rows, batch_first=True).to(model.device)
+        new = send(nn.utils.rnn.pad_sequence(new_rows, batch_first=True), model.device)
         if not shared:
             hidden = model(input_ids=new, use_cache=False).last_hidden_state
             return torch.cat([hidden[:, :1], hidden[:, window.start :]], dim=1)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sana_sprint.images import resize_and_crop
 from sana_sprint.models.transformer import CaptionContext
-from sana_sprint.numerics import check_finite, draw_noise, image_seeds, make_generators
+from sana_sprint.numerics import check_finite, draw_noise, image_seeds, make_generators, send
 from sana_sprint.pipelines.prompting import TextInputs
 from sana_sprint.resolutions import Size, cover
 from sana_sprint.sampling import sample
@@ -127,7 +127,7 @@ class Conditioning:
             transformer=transformer,
             text=text.repeat(repeats),
             context=context if repeats == 1 else context.repeat(repeats),
-            guidance=None if guidance is None else torch.tensor(guidance, dtype=torch.float32, device=device),
+            guidance=None if guidance is None else send(torch.tensor(guidance, dtype=torch.float32), device),
         )
 
     def conditions(self) -> tuple[Image.Image, ...]:

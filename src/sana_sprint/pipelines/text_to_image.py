@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sana_sprint.numerics import check_dtype, draw_noise, dtype_name
+from sana_sprint.numerics import check_dtype, draw_noise, dtype_name, finite_checks_later
 from sana_sprint.pipelines.base import BasePipeline
 from sana_sprint.pipelines.callbacks import StepCallback, StepHook, check_tensor_inputs
 from sana_sprint.pipelines.core import (
@@ -24,7 +24,7 @@ from sana_sprint.pipelines.core import (
     guidance_per_image,
 )
 from sana_sprint.pipelines.output import Pictures, SanaSprintOutput, check_output_type, convert
-from sana_sprint.pipelines.prompting import Prompts
+from sana_sprint.pipelines.prompting import Prompts, TextInputs
 from sana_sprint.prompts import COMPLEX_HUMAN_INSTRUCTION, DEFAULT_MAX_SEQUENCE_LENGTH
 from sana_sprint.resolutions import Size, plan_size
 from sana_sprint.sampling import PUBLISHED_INTERMEDIATE, PUBLISHED_MAX, schedule
@@ -130,20 +130,26 @@ class SanaSprintPipeline(BasePipeline):
         generators, seeds = choose_generators(seed, generator, prompts.count * repeats)
         noise = self._noise(latents, prompts.count * repeats, size, generators)
         steer = _steering(prompts.count, repeats, size, times)
-        text = prompts.encode(
-            self.prompt_encoder, clean_caption, max_sequence_length, complex_human_instruction
-        )
-        self._give_back("text_encoder")
-        conditioning = steer(Conditioning.of(transformer, text, repeats, guidance))
-        hook = self._hook(callback_on_step_end, callback_on_step_end_tensor_inputs, conditioning)
-        u0 = self._draw(conditioning, noise, times, generators, hook)
-        self._give_back("transformer", "controlnet")
-        images = u0 if output_type == "latent" else convert(fit(decode(self.vae, u0), size), output_type)
+        with finite_checks_later(callback_on_step_end is None):  # a callback is shown nothing unchecked
+            text = self._encode(prompts, clean_caption, max_sequence_length, complex_human_instruction)
+            conditioning = steer(Conditioning.of(transformer, text, repeats, guidance))
+            hook = self._hook(callback_on_step_end, callback_on_step_end_tensor_inputs, conditioning)
+            u0 = self._draw(conditioning, noise, times, generators, hook)
+            self._give_back("transformer", "controlnet")
+            pixels = None if output_type == "latent" else decode(self.vae, u0)
+        images = u0 if pixels is None else convert(fit(pixels, size), output_type)
         self._give_back("vae")
         output = SanaSprintOutput.of(
             images, size, seeds=seeds, times=tuple(times), guidance=guidance, **self._facts(conditioning)
         )
         return output if return_dict else (images,)
+
+    def _encode(
+        self, prompts: Prompts, clean: bool, length: int, instruction: Sequence[str] | None
+    ) -> TextInputs:
+        text = prompts.encode(self.prompt_encoder, clean, length, instruction)
+        self._give_back("text_encoder")
+        return text
 
     def _check_call(self, output_type: str, tensor_names: Sequence[str]) -> None:
         self.need("transformer", "scheduler", *(["vae"] if output_type != "latent" else []))
