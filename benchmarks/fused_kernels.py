@@ -179,8 +179,8 @@ def operations(shape: Shape, device: torch.device, dtype: torch.dtype = torch.bf
             3 * size * shape.hidden,
             lambda h: exact_forward(h, grid),
             tuple(
-                {"block_c": c, "rows": r, "unroll": u, "num_warps": n}
-                for c, r, u, n in itertools.product((64, 128, 256), (8, 16), (1, 3), (1, 2, 4, 8))
+                {"block_c": c, "rows": r, "num_warps": n}
+                for c, r, n in itertools.product((64, 128, 256), (8, 16, 32), (1, 2, 4, 8))
                 if 32 * n <= c <= 64 * n
             ),
         ),

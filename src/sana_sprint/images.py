@@ -28,8 +28,9 @@ def to_uint8(images: Tensor) -> np.ndarray:
     """
     if not torch.isfinite(images).all():
         raise ValueError("the picture has values that are not finite")
-    scaled = images.float().clamp(-1, 1).add(1).mul(127.5).round()
-    array: np.ndarray = scaled.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    scaled = images.float().clamp(-1, 1).add_(1).mul_(127.5).round_()
+    # Colours side by side already on the device: PIL would gather them one by one.
+    array: np.ndarray = scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
     return array
 
 

@@ -27,7 +27,7 @@ def linear_attention(
     *,
     eps: float,
     norms: tuple[Tensor, Tensor, float] | None = None,
-    block_n: int = 64,
+    block_n: int = 128,
 ) -> Tensor:
     """As `models.layers.linear_attention` of queries and keys after their norms, in the dtype of v.
 
@@ -53,7 +53,7 @@ def attend_heads(
     eps: float,
     norms: tuple[Tensor, Tensor, float] | None = None,
     inverse: Tensor | None = None,
-    block_n: int = 64,
+    block_n: int = 128,
 ) -> None:
     """Linear attention of heads wherever they lie, into `out`.
 

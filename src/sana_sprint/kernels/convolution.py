@@ -22,8 +22,7 @@ def gated_depthwise(
     *,
     block_c: int = 128,
     rows: int = 16,
-    unroll: int = 3,
-    num_warps: int = 4,
+    num_warps: int = 2,
 ) -> Tensor:
     """`value * silu(gate)`, where (value | gate) is the convolution of `silu(hidden)`: (B,N,2C) -> (B,N,C).
 
@@ -34,7 +33,6 @@ def gated_depthwise(
         grid: (H,W).
         block_c: channels that a program handles, a power of 2.
         rows: image rows that a program walks down, reading two more.
-        unroll: of them that are compiled as one.
         num_warps: of 32 threads in a program.
     """
     B, N, double = hidden.shape  # noqa: N806 (axis letters)
@@ -43,13 +41,13 @@ def gated_depthwise(
     out = torch.empty(B, N, C, dtype=hidden.dtype, device=hidden.device)
     programs = (triton.cdiv(C, block_c), triton.cdiv(W, 4) * triton.cdiv(H, rows), B)
     _gated_depthwise[programs](
-        hidden, taps, bias, out, H, W, C, block_c=block_c, rows=rows, unroll=unroll, num_warps=num_warps
+        hidden, taps, bias, out, H, W, C, block_c=block_c, rows=rows, num_warps=num_warps
     )
     return out
 
 
 def depthwise5(
-    x: Tensor, weight: Tensor, *, block_c: int = 128, rows: int = 16, num_warps: int = 4
+    x: Tensor, weight: Tensor, *, block_c: int = 128, rows: int = 32, num_warps: int = 2
 ) -> Tensor:
     """A convolution of each channel by itself, without bias, of the same size: (B,C,H,W), channels_last.
 
@@ -121,7 +119,6 @@ def _gated_depthwise(
     hidden,
     block_c: tl.constexpr,
     rows: tl.constexpr,
-    unroll: tl.constexpr,
 ):
     """Walks down `rows` rows of four columns. Each row read adds to three rows of the result, of which the oldest is then
     complete. A thread has its channels' columns, taps and sums in registers: an activation costs more than all that is made
@@ -146,8 +143,7 @@ def _gated_depthwise(
     gate_start = (bias, bias, bias, bias)
     value_above, value_here, value_below = value_start, value_start, value_start
     gate_above, gate_here, gate_below = gate_start, gate_start, gate_start
-    # Three at a time, the sums change their places without being moved.
-    for step in tl.range(rows + 2, loop_unroll_factor=unroll):
+    for step in range(rows + 2):
         y = first + step - 1
         place = hidden_ptr + ((image * height + y) * width + x) * double + channels
         ok = channels_ok & (y >= 0) & (y < height)

@@ -128,10 +128,11 @@ class SanaSprintPipeline(BasePipeline):
         )
         size = self._plan_size(height, width, use_resolution_binning)
         generators, seeds = choose_generators(seed, generator, prompts.count * repeats)
-        noise = self._noise(latents, prompts.count * repeats, size, generators)
+        shape = self._latent_shape(prompts.count * repeats, size, latents)
         steer = _steering(prompts.count, repeats, size, times)
         with finite_checks_later(callback_on_step_end is None):  # a callback is shown nothing unchecked
             text = self._encode(prompts, clean_caption, max_sequence_length, complex_human_instruction)
+            noise = self._noise(latents, shape, generators)  # while a GPU is at the text
             conditioning = steer(Conditioning.of(transformer, text, repeats, guidance))
             hook = self._hook(callback_on_step_end, callback_on_step_end_tensor_inputs, conditioning)
             u0 = self._draw(conditioning, noise, times, generators, hook)
@@ -176,20 +177,21 @@ class SanaSprintPipeline(BasePipeline):
             use_binning=use_binning,
         )
 
-    def _noise(self, latents: Tensor | None, num_images: int, size: Size, generators: Generators) -> Tensor:
-        """Initial noise (B,C,h,w) of unit variance, fp32: drawn, or the caller's."""
-        ratio, transformer = self.vae_scale_factor, self.transformer
-        shape = (
-            num_images,
-            transformer.config.in_channels,
-            size.model_height // ratio,
-            size.model_width // ratio,
-        )
-        if latents is None:
-            return draw_noise(shape, generators, device=transformer.device)
-        if latents.shape != shape:
+    def _latent_shape(self, num_images: int, size: Size, latents: Tensor | None) -> tuple[int, ...]:
+        """(B,C,h,w), which the caller's latents must have."""
+        ratio = self.vae_scale_factor
+        channels = self.transformer.config.in_channels
+        shape = (num_images, channels, size.model_height // ratio, size.model_width // ratio)
+        if latents is not None and latents.shape != shape:
             raise ValueError(f"latents must be of shape {shape} for this call, got: {tuple(latents.shape)}")
-        return latents.to(transformer.device, torch.float32)
+        return shape
+
+    def _noise(self, latents: Tensor | None, shape: tuple[int, ...], generators: Generators) -> Tensor:
+        """Initial noise of unit variance, fp32: drawn, or the caller's."""
+        device = self.transformer.device
+        if latents is None:
+            return draw_noise(shape, generators, device=device)
+        return latents.to(device, torch.float32)
 
     def _hook(
         self, callback: StepCallback | None, names: Sequence[str], conditioning: Conditioning
