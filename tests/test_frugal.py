@@ -21,7 +21,8 @@ from sana_sprint.models.dc_blocks import (
     channels_to_space,
     repeat_channels,
 )
-from sana_sprint.models.upsampling import PhaseKernels, phase_kernels
+from sana_sprint.models.derived import Derived
+from sana_sprint.models.upsampling import phase_kernels
 from tests._autoencoders import tiny_autoencoder
 from tests._models import randomize
 
@@ -145,7 +146,7 @@ def test_phase_kernels_are_the_convolution_of_the_repeated_grid():
 
 
 def test_phase_kernels_are_made_once_and_follow_the_weight():
-    conv, cache = nn.Conv2d(2, 3, 3), PhaseKernels()
+    conv, cache = nn.Conv2d(2, 3, 3), Derived(phase_kernels)
     first = cache.of(conv)
     assert cache.of(conv) is first
     with torch.no_grad():

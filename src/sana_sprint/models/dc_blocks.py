@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sana_sprint.models import winograd
+from sana_sprint.models.derived import Derived
 from sana_sprint.models.frugal import (
     by_strips,
     convolve_rows,
@@ -21,9 +23,11 @@ from sana_sprint.models.frugal import (
     needs_pieces,
     needs_strips,
     over_pixels,
+    window_rows,
 )
 from sana_sprint.models.layers import autocast_off, wide_dtype
-from sana_sprint.models.upsampling import PhaseKernels, upsample
+from sana_sprint.models.upsampling import phase_kernels, upsample
+from sana_sprint.models.winograd import transformed_kernels
 
 ATTENTION_EPS = 1e-15  # keeps linear attention's quotient defined where every ReLU feature is zero
 
@@ -40,6 +44,22 @@ class Fusible(nn.Module):
     def by_kernel(self, *arguments: Any) -> Tensor | None:
         """What `fused` makes of these, if it is set."""
         return None if self.fused is None else self.fused(self, *arguments)
+
+
+class Deriving(Fusible):
+    """A layer that keeps what it made from its weights, while these stay as they are."""
+
+    derived: tuple[Derived, ...]
+
+    def forget(self) -> None:
+        """Free the memory: the weights may be about to change, and fused optimizers leave no trace."""
+        for kept in self.derived:
+            kept.forget()
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        self.forget()  # or a model that is moved away would leave it behind
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        return self
 
 
 class ChannelRMSNorm(Fusible):
@@ -85,7 +105,7 @@ def add_normed(norm: nn.Module, change: Tensor, x: Tensor) -> Tensor:
     return over_pixels(lambda change, x: x + norm.pixels(change), change, x)
 
 
-class ResBlock(Fusible):
+class ResBlock(Deriving):
     """x + norm(conv3x3(act(conv3x3(x))))."""
 
     def __init__(self, channels: int, norm: str, activation: str) -> None:
@@ -94,10 +114,13 @@ class ResBlock(Fusible):
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.norm = NORMS[norm](channels)
+        self.derived = Derived(transformed_kernels), Derived(transformed_kernels)
 
     def forward(self, x: Tensor) -> Tensor:
-        if needs_strips(x, x.shape[1]):
+        if needs_strips(x, x.shape[1]) or winograd.pays(self.conv1, x):
             return by_strips(self._rows, x, x.shape[1])
+        if not is_inference(x):
+            self.forget()
         hidden = self.by_kernel(x)
         if hidden is None:
             hidden = over_pixels(self.nonlinearity, self.conv1(x))
@@ -106,10 +129,18 @@ class ResBlock(Fusible):
     def _rows(self, x: Tensor, first: int, last: int) -> Tensor:
         """Rows first to last - 1 of the result."""
         top = max(0, first - 1)
-        hidden = convolve_rows(self.conv1, x, top, min(last + 1, x.shape[2]))
+        hidden = self._convolve(0, x, x, top, min(last + 1, x.shape[2]))
         hidden = over_pixels(self.nonlinearity, hidden)
-        change = convolve_rows(self.conv2, hidden, first - top, last - top)
+        change = self._convolve(1, x, hidden, first - top, last - top)
         return add_normed(self.norm, change, x[:, :, first:last])
+
+    def _convolve(self, number: int, whole: Tensor, x: Tensor, first: int, last: int) -> Tensor:
+        """Rows first to last - 1 of a convolution of x, which is a part of a grid of the size of `whole`."""
+        conv = (self.conv1, self.conv2)[number]
+        if not winograd.pays(conv, whole):
+            return convolve_rows(conv, x, first, last)
+        kernels = self.derived[number].of(conv)
+        return winograd.convolve(window_rows(x, first - 1, last + 1), kernels, conv.bias)
 
 
 class EfficientViTBlock(nn.Module):
@@ -250,7 +281,7 @@ class DownBlock(nn.Module):
         return y + _average_groups(x, self.out_channels) if self.shortcut else y
 
 
-class UpBlock(Fusible):
+class UpBlock(Deriving):
     """Doubles the grid by convolution; a parameter-free shortcut duplicates channels into pixels.
 
     Without gradients, repeating each pixel and convolving the result is done as four 2x2 convolutions of the small grid
@@ -263,7 +294,8 @@ class UpBlock(Fusible):
         self.shortcut = shortcut
         self.repeats = out_channels * 4 // in_channels
         self.conv = nn.Conv2d(in_channels, out_channels if interpolate else 4 * out_channels, 3, padding=1)
-        self.phases = PhaseKernels()
+        self.phases = Derived(phase_kernels)
+        self.derived = (self.phases,)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.interpolate:
@@ -272,16 +304,11 @@ class UpBlock(Fusible):
                 repeats = self.repeats if self.shortcut else None
                 fused = self.by_kernel(x, kernels, self.conv.bias, repeats)
                 return upsample(x, kernels, self.conv.bias, repeats) if fused is None else fused
-            self.phases.forget()  # the weights may be about to change, and fused optimizers leave no trace
+            self.forget()
             y: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
             return y + channels_to_space(repeat_channels(x, self.repeats)) if self.shortcut else y
         y = self.conv(x)
         return channels_to_space(y + repeat_channels(x, self.repeats) if self.shortcut else y)
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        self.phases.forget()  # or a model that is moved away would leave them behind
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        return self
 
 
 # --- Moving between channels and pixels, without leaving channels_last -------------------------------------------

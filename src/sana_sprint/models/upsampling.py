@@ -7,10 +7,8 @@ its own: 16 products per small pixel where there were 36.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from sana_sprint.models.frugal import is_frugal, strips, window_rows
@@ -26,37 +24,6 @@ def phase_kernels(weight: Tensor) -> Tensor:
     shares = torch.tensor(_SHARES, dtype=wide.dtype, device=wide.device)
     kernels = torch.einsum("apr,bqs,cirs->abcipq", shares, shares, wide).flatten(0, 2)
     return kernels.to(weight.dtype, memory_format=torch.channels_last)
-
-
-class PhaseKernels:
-    """The phase kernels of a convolution, kept until its weight is replaced, moved, cast or written to.
-
-    As far as torch tells: it does not for writes through `.data` and by optimizers with `fused=True`.
-    """
-
-    def __init__(self) -> None:
-        self._kept: tuple[object, Tensor] | None = None
-
-    def of(self, conv: nn.Conv2d) -> Tensor:
-        """`phase_kernels(conv.weight)`."""
-        weight = conv.weight
-        if (
-            torch.compiler.is_compiling()
-        ):  # a graph keeps nothing; beside the convolution it is next to no work
-            return phase_kernels(weight)
-        version = 0 if weight.is_inference() else weight._version  # inference tensors count no versions
-        key = (weight.data_ptr(), version, weight.dtype, weight.device)
-        kept = self._kept
-        if kept is None or kept[0] != key:
-            kept = self._kept = key, phase_kernels(weight)
-        return kept[1]
-
-    def forget(self) -> None:
-        """Free the memory."""
-        self._kept = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_kept": None}  # copies and files are better off without them
 
 
 def upsample(x: Tensor, kernels: Tensor, bias: Tensor | None, repeats: int | None) -> Tensor:

@@ -1,0 +1,104 @@
+"""3x3 convolutions by Winograd's minimal filtering, F(2x2,3x3) (Lavin & Gray 2016, section 4.1), on a CPU.
+
+Four pixels of the result, a tile, need 16 products of each channel where there were 36: a tile sees 4x4 pixels, whose
+sums and differences (16 numbers, as many as a kernel's) are multiplied one by one. So a convolution becomes 16 matrix
+products and a few passes over memory, which pay where there are many channels.
+
+Sums before and after the products are rounded to the dtype: a convolution is four times as far from the exact result as a
+direct one in the same dtype, which rounds once, or two bits. Of a picture's whole error that is nothing to be seen.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sana_sprint.models.frugal import is_frugal
+from sana_sprint.models.layers import wide_dtype
+
+LEAST_CHANNELS = 256  # with half as many the passes cost what the products save
+LEAST_PIXELS = 4096  # of fewer, the 16 products are too small
+PIECE = 1 << 23  # bytes of what 16 products are made from, and of these: they should stay in cache
+# A kernel's 16 numbers are G k G^T, and 4 pixels are A^T m A of 16 products m.
+_G = [[1.0, 0.0, 0.0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0.0, 0.0, 1.0]]
+_A = [[1.0, 1.0, 1.0, 0.0], [0.0, 1.0, -1.0, -1.0]]  # transposed
+
+
+def pays(conv: nn.Module, x: Tensor) -> bool:
+    """Whether to convolve this grid (B,C,H,W) so: a convolution that keeps the grid's size, on a CPU and without gradients."""
+    return (
+        isinstance(conv, nn.Conv2d)
+        and conv.kernel_size == (3, 3)
+        and conv.stride == conv.dilation == conv.padding == (1, 1)
+        and conv.groups == 1
+        and min(conv.in_channels, conv.out_channels) >= LEAST_CHANNELS
+        and x.shape[2] * x.shape[3] >= LEAST_PIXELS
+        and is_frugal(x)
+        and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and _multiplies_bf16()))
+    )
+
+
+@cache
+def _multiplies_bf16() -> bool:
+    """Whether matrix products in bf16 are faster than in fp32 here; where they are not, they are hardly done at all."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def transformed_kernels(weight: Tensor) -> Tensor:
+    """Kernels (K,C,3,3) -> (16,C,K), computed in fp32."""
+    wide = weight.detach().to(wide_dtype(weight))
+    g = torch.tensor(_G, dtype=wide.dtype, device=wide.device)
+    return torch.einsum("ai,kcij,bj->abck", g, wide, g).flatten(0, 1).to(weight.dtype)
+
+
+def convolve(window: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
+    """A picture (1,C,H+2,W), channels_last -> (1,K,H,W): rows have their neighbours, columns are padded with zeros here.
+
+    kernels (16,C,K): see `transformed_kernels`; bias (K,).
+    """
+    height, width = window.shape[2] - 2, window.shape[3]
+    high, wide = -(-height // 2), -(-width // 2)  # tiles
+    channels, outputs = kernels.shape[1:]
+    out = window.new_empty(high, 2, wide, 2, outputs)
+    row = 16 * wide * max(channels, outputs) * window.element_size()
+    rows = -(-high // -(-high * row // PIECE))  # of tiles; pieces as equal as they can be
+    inputs, products = (window.new_empty(16 * rows * wide * size) for size in (channels, outputs))
+    for first in range(0, high, rows):
+        count = min(rows, high - first)
+        part = window[:, :, 2 * first : 2 * (first + count) + 2]
+        # Zeros at both sides, and behind the last row and column where tiles stand out.
+        part = F.pad(part, (1, 1 + 2 * wide - width, 0, 2 * count + 2 - part.shape[2]))
+        spread = inputs[: 16 * count * wide * channels].view(16, count, wide, channels)
+        made = products[: 16 * count * wide * outputs].view(16, count * wide, outputs)
+        _spread(part[0].permute(1, 2, 0), spread)
+        torch.bmm(spread.flatten(1, 2), kernels, out=made)
+        _gather(made, bias, out[first : first + count])
+    result = out.view(2 * high, 2 * wide, outputs)[:height, :width].permute(2, 0, 1)[None]
+    return result.contiguous(memory_format=torch.channels_last)
+
+
+def _spread(rows: Tensor, out: Tensor) -> None:
+    """Pixels (2T+2,2S+2,C) -> B^T d B of the T x S tiles' d, into (16,T,S,C)."""
+    high, wide = out.shape[1:3]
+    d = [rows[i : i + 2 * high : 2] for i in range(4)]
+    for a, part in enumerate((d[0] - d[2], d[1] + d[2], d[2] - d[1], d[1] - d[3])):
+        e = [part[:, i : i + 2 * wide : 2] for i in range(4)]
+        torch.sub(e[0], e[2], out=out[4 * a])
+        torch.add(e[1], e[2], out=out[4 * a + 1])
+        torch.sub(e[2], e[1], out=out[4 * a + 2])
+        torch.sub(e[1], e[3], out=out[4 * a + 3])
+
+
+def _gather(products: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """A^T m A + bias of products (16,N,K), into (T,2,S,2,K). One product with all that A does rounds once."""
+    high, _, wide, _, outputs = out.shape
+    a = products.new_tensor(_A)
+    made = torch.mm(torch.kron(a, a), products.flatten(1)).view(2, 2, high, wide, outputs)
+    target = out.permute(1, 3, 0, 2, 4)
+    if bias is None:
+        target.copy_(made)
+    else:
+        torch.add(made, bias, out=target)
