@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -474,3 +475,39 @@ def test_devices(monkeypatch, num_cuda, has_mps, wanted, chosen):
             loading.choose_device(wanted)
     else:
         assert loading.choose_device(wanted) == chosen
+
+
+# ----- loading --------------------------------------------------------------------------------------------------------
+
+
+def test_fast_turns_on_what_cuda_offers_and_nothing_elsewhere():
+    class Pipeline:
+        def __init__(self, error=None):
+            self.calls, self.error = [], error
+
+        def enable_fused_kernels(self):
+            self.calls.append("kernels")
+            if self.error:
+                raise self.error
+
+        def enable_cuda_graphs(self):
+            self.calls.append("graphs")
+
+    for device, error in (("cuda", None), ("cuda:1", ValueError("without Triton"))):
+        pipeline = Pipeline(error)
+        loading.accelerate(pipeline, device)
+        assert pipeline.calls == ["kernels", "graphs"]
+    for device in ("cpu", "mps"):
+        pipeline = Pipeline()
+        loading.accelerate(pipeline, device)
+        assert not pipeline.calls
+
+
+def test_garbage_is_collected_again_after_loading(monkeypatch):
+    seen = []
+    monkeypatch.setattr(loading, "quieten", lambda: seen.append(gc.isenabled()))
+    loading.load_pipeline(loading.ModelOptions("emoji"))
+    with pytest.raises(common.CommandError):
+        loading.load_pipeline(loading.ModelOptions("no-such-model"))
+    assert (seen, gc.isenabled()) == ([False, False], True)
+    gc.unfreeze()

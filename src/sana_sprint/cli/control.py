@@ -97,6 +97,7 @@ def control(
     vae_slicing: options.VaeSlicing = False,
     lora: options.Lora = None,
     quantize: options.Quantize = "",
+    fast: options.Fast = False,
     clean_caption: CleanCaption = False,
     as_json: options.Json = False,
 ) -> None:
@@ -113,7 +114,7 @@ def control(
         **_following(image, kind, thickness, scale, start, end),
         **call_arguments(size, guidance, steps, max_timesteps, intermediate_timesteps, clean_caption),
     }
-    wanted = ModelOptions(model, dtype, device, vae_tiling, vae_slicing, tuple(lora or ()), quantize)
+    wanted = ModelOptions(model, dtype, device, vae_tiling, vae_slicing, tuple(lora or ()), quantize, fast)
     followed = {"image": str(image), "kind": kind, "controlnet_conditioning_scale": scale}
     notes = {**followed, **wanted.notes()}
     drawn = task.run(lambda: load_control_pipeline(wanted, controlnet), model, arguments, notes)

@@ -88,6 +88,7 @@ def generate(
     vae_slicing: options.VaeSlicing = False,
     lora: options.Lora = None,
     quantize: options.Quantize = "",
+    fast: options.Fast = False,
     clean_caption: CleanCaption = False,
     as_json: options.Json = False,
 ) -> None:
@@ -99,7 +100,7 @@ def generate(
     """
     task = plan(prompts, file, num_images, seed, output, as_json)
     arguments = call_arguments(size, guidance, steps, max_timesteps, intermediate_timesteps, clean_caption)
-    wanted = ModelOptions(model, dtype, device, vae_tiling, vae_slicing, tuple(lora or ()), quantize)
+    wanted = ModelOptions(model, dtype, device, vae_tiling, vae_slicing, tuple(lora or ()), quantize, fast)
     task.run(lambda: load_pipeline(wanted), model, arguments, wanted.notes())
 
 

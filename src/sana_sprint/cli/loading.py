@@ -6,7 +6,7 @@ import gc
 import logging
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ class ModelOptions:
     """Which model, and how it is to run. `dtype` is a key of `DTYPES`; `device` may be "auto".
 
     loras: `SOURCE` or `SOURCE:WEIGHT` each. quantize: a preset, or `COMPONENT=PRESET,...`, or "" for none.
+    fast: fused kernels and graphs on CUDA, and nothing elsewhere.
     """
 
     model: str
@@ -43,6 +44,7 @@ class ModelOptions:
     vae_slicing: bool = False
     loras: tuple[str, ...] = ()
     quantize: str = ""
+    fast: bool = False
 
     def notes(self) -> dict[str, Any]:
         """What is worth keeping with a picture, besides the model's name."""
@@ -137,7 +139,17 @@ def _load(module: str, name: str, options: ModelOptions, **parts: Any) -> Any:
         pipeline.enable_vae_tiling()
     if options.vae_slicing:
         pipeline.enable_vae_slicing()
+    if options.fast:
+        accelerate(pipeline, device)
     return pipeline
+
+
+def accelerate(pipeline: Any, device: str) -> None:
+    """Turn on what CUDA offers, as far as it is installed."""
+    if device.startswith("cuda"):
+        with suppress(ValueError):  # without Triton
+            pipeline.enable_fused_kernels()
+        pipeline.enable_cuda_graphs()
 
 
 def _adapt(pipeline: Any, options: ModelOptions) -> None:

@@ -46,6 +46,12 @@ VaeTiling = Annotated[
     bool, typer.Option("--vae-tiling", help="Decode in tiles: big pictures in little memory.")
 ]
 VaeSlicing = Annotated[bool, typer.Option("--vae-slicing", help="Decode pictures one by one: less memory.")]
+Fast = Annotated[
+    bool,
+    typer.Option(
+        help="On CUDA: fused kernels and graphs. The first picture of each size takes seconds longer.",
+    ),
+]
 Lora = Annotated[
     list[str] | None,
     typer.Option(

@@ -63,6 +63,7 @@ def serve(
     device: options.Device = "auto",
     vae_tiling: options.VaeTiling = False,
     vae_slicing: options.VaeSlicing = False,
+    fast: options.Fast = True,
 ) -> None:
     """Serve a model over HTTP: OpenAI's images API, jobs with progress, and metrics.
 
@@ -88,7 +89,7 @@ def serve(
         ),
         hint="choose another key",
     )
-    wanted = ModelOptions(model, dtype, choose_device(device), vae_tiling, vae_slicing)
+    wanted = ModelOptions(model, dtype, choose_device(device), vae_tiling, vae_slicing, fast=fast)
     engine = Engine(
         lambda: load_pipelines(wanted, controlnet),
         max_queue=max_queue,
