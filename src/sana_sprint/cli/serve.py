@@ -97,8 +97,7 @@ def serve(
         batch_window_s=batch_window / 1000,
         idle_unload_s=idle_unload,
     )
-    shown = f"[{host}]" if ":" in host else host  # IPv6
-    typer.echo(f"serving {settings.model} on http://{shown}:{port} (Ctrl-C ends it)", err=True)
+    typer.echo(f"serving {settings.model} on {address(host, port)} (Ctrl-C ends it)", err=True)
     # The access log would put a line per picture between the messages that matter.
     uvicorn.run(
         create_app(engine, settings),
@@ -114,6 +113,11 @@ def load_pipelines(wanted: ModelOptions, controlnet: Path | None = None) -> Pipe
     from sana_sprint.serve.engine import Pipelines
 
     return Pipelines(*load_pair(wanted, controlnet))
+
+
+def address(host: str, port: int) -> str:
+    """As browsers take it."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"  # IPv6
 
 
 def serving_name(model: str) -> str:

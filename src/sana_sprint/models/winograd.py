@@ -10,18 +10,18 @@ direct one in the same dtype, which rounds once, or two bits. Of a picture's who
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sana_sprint.models.frugal import is_frugal
 from sana_sprint.models.layers import wide_dtype
 
-LEAST_CHANNELS = 256  # with half as many the passes cost what the products save
+LEAST_CHANNELS = 128  # with fewer the passes cost what the products save
 LEAST_PIXELS = 4096  # of fewer, the 16 products are too small
-PIECE = 1 << 23  # bytes of what 16 products are made from, and of these: they should stay in cache
+PIECE = 1 << 24  # bytes of what 16 products are made from, and of these: they should stay in cache
 # A kernel's 16 numbers are G k G^T, and 4 pixels are A^T m A of 16 products m.
 _G = [[1.0, 0.0, 0.0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0.0, 0.0, 1.0]]
 _A = [[1.0, 1.0, 1.0, 0.0], [0.0, 1.0, -1.0, -1.0]]  # transposed
@@ -66,30 +66,42 @@ def convolve(window: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
     row = 16 * wide * max(channels, outputs) * window.element_size()
     rows = -(-high // -(-high * row // PIECE))  # of tiles; pieces as equal as they can be
     inputs, products = (window.new_empty(16 * rows * wide * size) for size in (channels, outputs))
+    pixels = window[0].permute(1, 2, 0)
+    # Every second column, from the zeros before the first and from the first on; zeros behind where tiles stand out.
+    columns = window.new_zeros(2, 2 * rows + 2, wide + 1, channels)
+    sums = window.new_empty(4, 2, rows, wide + 1, channels)
     for first in range(0, high, rows):
         count = min(rows, high - first)
-        part = window[:, :, 2 * first : 2 * (first + count) + 2]
-        # Zeros at both sides, and behind the last row and column where tiles stand out.
-        part = F.pad(part, (1, 1 + 2 * wide - width, 0, 2 * count + 2 - part.shape[2]))
-        spread = inputs[: 16 * count * wide * channels].view(16, count, wide, channels)
+        part = pixels[2 * first : 2 * (first + count) + 2]
+        columns[1, : len(part), : (width + 1) // 2] = part[:, 0::2]
+        columns[0, : len(part), 1 : width // 2 + 1] = part[:, 1::2]
+        columns[:, len(part) :] = 0
+        spread = inputs[: 16 * count * wide * channels].view(4, 4, count, wide, channels)
         made = products[: 16 * count * wide * outputs].view(16, count * wide, outputs)
-        _spread(part[0].permute(1, 2, 0), spread)
-        torch.bmm(spread.flatten(1, 2), kernels, out=made)
+        _spread(columns, sums[:, :, :count], spread)
+        torch.bmm(spread.view(16, count * wide, channels), kernels, out=made)
         _gather(made, bias, out[first : first + count])
     result = out.view(2 * high, 2 * wide, outputs)[:height, :width].permute(2, 0, 1)[None]
     return result.contiguous(memory_format=torch.channels_last)
 
 
-def _spread(rows: Tensor, out: Tensor) -> None:
-    """Pixels (2T+2,2S+2,C) -> B^T d B of the T x S tiles' d, into (16,T,S,C)."""
-    high, wide = out.shape[1:3]
-    d = [rows[i : i + 2 * high : 2] for i in range(4)]
-    for a, part in enumerate((d[0] - d[2], d[1] + d[2], d[2] - d[1], d[1] - d[3])):
-        e = [part[:, i : i + 2 * wide : 2] for i in range(4)]
-        torch.sub(e[0], e[2], out=out[4 * a])
-        torch.add(e[1], e[2], out=out[4 * a + 1])
-        torch.sub(e[2], e[1], out=out[4 * a + 2])
-        torch.sub(e[1], e[3], out=out[4 * a + 3])
+def _spread(columns: Tensor, sums: Tensor, out: Tensor) -> None:
+    """Pixels (2,2T+2,S+1,C), even and odd columns apart, -> B^T d B of the T x S tiles' d, into (4,4,T,S,C).
+
+    `sums` (4,2,T,S+1,C) is for what is in between. So every operand has a row's numbers side by side.
+    """
+    high, wide = out.shape[2:4]
+    _filter([columns[:, i : i + 2 * high : 2] for i in range(4)], sums)
+    even, odd = sums.unbind(1)
+    _filter([even[:, :, :wide], odd[:, :, :wide], even[:, :, 1:], odd[:, :, 1:]], out.transpose(0, 1))
+
+
+def _filter(d: Sequence[Tensor], out: Tensor) -> None:
+    """B^T d of four d along one axis, into (4,...)."""
+    torch.sub(d[0], d[2], out=out[0])
+    torch.add(d[1], d[2], out=out[1])
+    torch.sub(d[2], d[1], out=out[2])
+    torch.sub(d[1], d[3], out=out[3])
 
 
 def _gather(products: Tensor, bias: Tensor | None, out: Tensor) -> None:
