@@ -147,6 +147,14 @@ def operations(shape: Shape, device: torch.device, dtype: torch.dtype = torch.bf
             lambda x, y, a, b: modulate(F.layer_norm(x + y, x.shape[-1:], eps=1e-6), a[:, None], b[:, None]),
         ),
         Operation(
+            "gate, sum",
+            lambda x, y, a, _: torch.addcmul(x, a[:, None], y),
+            lambda x, y, a, _: norms.gated_sum(x, a, y),
+            lambda: (*tokens(2), *modulation()),
+            3 * size * shape.width,
+            lambda x, y, a, _: torch.addcmul(x, a[:, None], y),
+        ),
+        Operation(
             "rms norm",
             lambda x: q_norm(x),
             lambda x: norms.rms_norm(x, q_norm.weight, QK_NORM_EPS),
