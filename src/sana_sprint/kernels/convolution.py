@@ -1,4 +1,4 @@
-"""Depthwise convolutions: of 3x3 with the SiLU before and the gate behind it, and of 5x5; one pass over memory each; needs Triton.
+"""Depthwise convolutions in one pass over memory each: 3x3 with the SiLU before and the gate behind it, and 5x5; needs Triton.
 
 The widest tensor of a block, 5 D channels, is read once and never written again: activations live in registers, sums
 are fp32, and the result is rounded once.
