@@ -164,7 +164,7 @@ def test_moved_copied_and_trained_blocks_leave_no_kernels_behind():
     x = torch.randn(1, 8, 3, 3)
 
     def keeps(block: UpBlock) -> bool:
-        return block.phases._kept is not None
+        return block.derived[0]._kept is not None
 
     with torch.no_grad():
         block(x)
@@ -190,7 +190,7 @@ def test_the_kernels_take_part_only_where_they_are_right():
         expected = block(x)
         block.conv = nn.Sequential(block.conv)
         torch.testing.assert_close(block(x), expected, rtol=1e-5, atol=1e-5)
-        assert block.phases._kept is None
+        assert block.derived[0]._kept is None
         plain = block.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
     assert torch.equal(block(x), plain + channels_to_space(repeat_channels(x, block.repeats)))
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from sana_sprint.kernels.norms import inverse_rms
 
 TOKENS_PER_SPLIT = 256  # at batch 1 and 1024 tokens, 70 heads alone would leave half of a large GPU idle
-PRECISE = "tf32x3"
 MOST_SPLITS = 16  # every block of queries reads the sums of all
 
 
@@ -98,7 +97,7 @@ def attend_heads(
         eps,
         splits=splits,
         # Three tf32 products add up to an fp32 one: queries fit tf32, and sums are three parts that do.
-        precision="ieee" if q.dtype == torch.float32 else PRECISE,
+        precision="ieee" if q.dtype == torch.float32 else "tf32x3",
         **shape,
     )
 

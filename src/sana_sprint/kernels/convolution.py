@@ -79,6 +79,16 @@ def _load(ptr, mask):
 
 
 @triton.jit
+def _start(height, rows: tl.constexpr, block_c: tl.constexpr):
+    """Where this program begins to walk: picture, first row, first of four columns; and its channels."""
+    strips = tl.cdiv(height, rows)
+    image = tl.program_id(2).to(tl.int64)
+    first = (tl.program_id(1) % strips) * rows
+    x = (tl.program_id(1) // strips) * 4
+    return image, first, x, tl.program_id(0) * block_c + tl.arange(0, block_c)
+
+
+@triton.jit
 def _activated(ptr, step, ok, x, width):
     """Six columns from x - 1 on, activated; outside the picture they are 0, as their activation is."""
     return (
@@ -123,11 +133,7 @@ def _gated_depthwise(
     """Walks down `rows` rows of four columns. Each row read adds to three rows of the result, of which the oldest is then
     complete. A thread has its channels' columns, taps and sums in registers: an activation costs more than all that is made
     of it, and every other way of meeting one's neighbours computes it three times."""
-    strips = tl.cdiv(height, rows)
-    image = tl.program_id(2).to(tl.int64)
-    first = (tl.program_id(1) % strips) * rows
-    x = (tl.program_id(1) // strips) * 4
-    channels = tl.program_id(0) * block_c + tl.arange(0, block_c)
+    image, first, x, channels = _start(height, rows, block_c)
     channels_ok = channels < hidden
     double = 2 * hidden
 
@@ -207,11 +213,7 @@ def _add_row(sums, row, taps):
 @triton.jit
 def _depthwise5(x_ptr, taps_ptr, out_ptr, height, width, dim, block_c: tl.constexpr, rows: tl.constexpr):
     """Walks down four columns as `_gated_depthwise` does; a row read adds to five rows of the result."""
-    strips = tl.cdiv(height, rows)
-    image = tl.program_id(2).to(tl.int64)
-    first = (tl.program_id(1) % strips) * rows
-    x = (tl.program_id(1) // strips) * 4
-    channels = tl.program_id(0) * block_c + tl.arange(0, block_c)
+    image, first, x, channels = _start(height, rows, block_c)
     channels_ok = channels < dim
 
     tap = taps_ptr + channels

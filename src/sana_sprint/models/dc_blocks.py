@@ -294,13 +294,12 @@ class UpBlock(Deriving):
         self.shortcut = shortcut
         self.repeats = out_channels * 4 // in_channels
         self.conv = nn.Conv2d(in_channels, out_channels if interpolate else 4 * out_channels, 3, padding=1)
-        self.phases = Derived(phase_kernels)
-        self.derived = (self.phases,)
+        self.derived = (Derived(phase_kernels),)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.interpolate:
             if is_inference(x) and isinstance(self.conv, nn.Conv2d):
-                kernels = self.phases.of(self.conv)
+                kernels = self.derived[0].of(self.conv)
                 repeats = self.repeats if self.shortcut else None
                 fused = self.by_kernel(x, kernels, self.conv.bias, repeats)
                 return upsample(x, kernels, self.conv.bias, repeats) if fused is None else fused

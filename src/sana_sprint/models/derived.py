@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sana_sprint.models.walk import state_of
+
 
 class Derived:
     """`make` of a convolution's weight, kept until that is replaced, moved, cast or written to.
@@ -24,8 +26,7 @@ class Derived:
         weight = conv.weight
         if torch.compiler.is_compiling():
             return self.make(weight)  # a graph keeps nothing; beside the convolution it is next to no work
-        version = 0 if weight.is_inference() else weight._version  # inference tensors count no versions
-        key = (weight.data_ptr(), version, weight.dtype, weight.device)
+        key = state_of(weight)
         kept = self._kept
         if kept is None or kept[0] != key:
             kept = self._kept = key, self.make(weight)

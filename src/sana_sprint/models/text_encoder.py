@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from sana_sprint.models.prefix import Prefix, autocast_dtype, continue_prefix, run_prefix, stored_prefix
-from sana_sprint.models.walk import tensors_of
+from sana_sprint.models.walk import state_of, tensors_of
 from sana_sprint.numerics import send
 from sana_sprint.prompts import (
     DEFAULT_MAX_SEQUENCE_LENGTH,
@@ -203,7 +203,7 @@ class PromptEncoder:
         model = self.text_encoder
         if not self._may_keep():
             return run_prefix(model, ids)
-        fingerprint = _fingerprint(model)
+        fingerprint = [state_of(tensor) for tensor in tensors_of(model)]
         if fingerprint != self._fingerprint:
             self.clear_cache()
             self._fingerprint = fingerprint
@@ -231,20 +231,6 @@ def _ignores_cache(model: Gemma2Model) -> bool:
     """Gemma's layers do without their cache when they are checkpointed."""
     return model.training and any(
         getattr(module, "gradient_checkpointing", False) for module in model.modules()
-    )
-
-
-def _fingerprint(model: nn.Module) -> tuple[object, ...]:
-    """Changes when a parameter or buffer is replaced, moved, cast or, as far as torch counts that, written to."""
-    return tuple(
-        (
-            # Quantised and sharded parameters are subclasses that may have no storage of their own.
-            tensor.data_ptr() if type(tensor) in (nn.Parameter, Tensor) else id(tensor),
-            0 if tensor.is_inference() else tensor._version,  # inference tensors count no versions
-            tensor.dtype,
-            tensor.device,
-        )
-        for tensor in tensors_of(model)
     )
 
 

@@ -70,6 +70,8 @@ def convolve(window: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
     # Every second column, from the zeros before the first and from the first on; zeros behind where tiles stand out.
     columns = window.new_zeros(2, 2 * rows + 2, wide + 1, channels)
     sums = window.new_empty(4, 2, rows, wide + 1, channels)
+    side = window.new_tensor(_A)
+    a = torch.kron(side, side)
     for first in range(0, high, rows):
         count = min(rows, high - first)
         part = pixels[2 * first : 2 * (first + count) + 2]
@@ -80,7 +82,7 @@ def convolve(window: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:
         made = products[: 16 * count * wide * outputs].view(16, count * wide, outputs)
         _spread(columns, sums[:, :, :count], spread)
         torch.bmm(spread.view(16, count * wide, channels), kernels, out=made)
-        _gather(made, bias, out[first : first + count])
+        _gather(a, made, bias, out[first : first + count])
     result = out.view(2 * high, 2 * wide, outputs)[:height, :width].permute(2, 0, 1)[None]
     return result.contiguous(memory_format=torch.channels_last)
 
@@ -104,11 +106,10 @@ def _filter(d: Sequence[Tensor], out: Tensor) -> None:
     torch.sub(d[1], d[3], out=out[3])
 
 
-def _gather(products: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """A^T m A + bias of products (16,N,K), into (T,2,S,2,K). One product with all that A does rounds once."""
+def _gather(a: Tensor, products: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """A^T m A + bias of products (16,N,K), into (T,2,S,2,K). One product with a (4,16), all that A does, rounds once."""
     high, _, wide, _, outputs = out.shape
-    a = products.new_tensor(_A)
-    made = torch.mm(torch.kron(a, a), products.flatten(1)).view(2, 2, high, wide, outputs)
+    made = torch.mm(a, products.flatten(1)).view(2, 2, high, wide, outputs)
     target = out.permute(1, 3, 0, 2, 4)
     if bias is None:
         target.copy_(made)

@@ -58,11 +58,10 @@ class QuantizedLayer(nn.Module):
         flat, scale = x.reshape(-1, x.shape[-1]), self.scale.flatten()
         if self.preset == "fp8":
             out = fp8_rows(flat, self.codes, scale)
+            out = out if self.bias is None else out + self.bias
         else:
             packed = self.packed(lambda: pack(self.codes)) if x.device.type == "cpu" else None
             out = int8_rows(flat, self.codes, packed, scale, self.bias)
-        if self.bias is not None and self.preset == "fp8":
-            out = out + self.bias
         return out.view(*x.shape[:-1], -1)
 
     def packed(self, make: Callable[[], Tensor], purpose: object = None) -> Tensor:
