@@ -5,6 +5,7 @@ about u/2 in norm; Triton's interpreter cuts bf16 off instead, which doubles tha
 """
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -231,8 +232,10 @@ def test_phases_in_their_places(dtype, inputs, repeats):
     x, kernels = channels_last(B, inputs, 3, 5, dtype=dtype), phase_kernels(conv.weight)
     phases = F.conv2d(x, kernels, padding=1).contiguous(memory_format=torch.channels_last)
     out = pixels.interleave(phases, conv.bias, x if repeats else None, repeats or 1)
-    exact = (tensor.double() for tensor in (x, kernels, conv.bias))
-    assert error(out, upsample(*exact, repeats)) < 4 * roundoff(dtype)  # the convolution's rounding, then one
+    exact, wide, biases = (tensor.double() for tensor in (x, kernels, conv.bias.repeat(4)))
+    convolve = partial(F.conv2d, weight=wide, bias=biases, padding=(0, 1))
+    expected = upsample(exact, convolve, len(conv.bias), repeats)
+    assert error(out, expected) < 4 * roundoff(dtype)  # the convolution's rounding, then one
     assert out.is_contiguous(memory_format=torch.channels_last)
     out = pixels.interleave(phases.float(), None, None, 1)  # nothing added: every number in its place
     assert torch.equal(out, upsample_of(phases.float()))

@@ -8,6 +8,7 @@ checkpoint keys. Configurations are checked in `autoencoder.py`: here wrong size
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -292,22 +293,28 @@ class UpBlock(Deriving):
         super().__init__()
         self.interpolate = interpolate
         self.shortcut = shortcut
+        self.out_channels = out_channels
         self.repeats = out_channels * 4 // in_channels
         self.conv = nn.Conv2d(in_channels, out_channels if interpolate else 4 * out_channels, 3, padding=1)
         self.derived = (Derived(phase_kernels),)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.interpolate:
-            if is_inference(x) and isinstance(self.conv, nn.Conv2d):
-                kernels = self.derived[0].of(self.conv)
-                repeats = self.repeats if self.shortcut else None
-                fused = self.by_kernel(x, kernels, self.conv.bias, repeats)
-                return upsample(x, kernels, self.conv.bias, repeats) if fused is None else fused
-            self.forget()
-            y: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-            return y + channels_to_space(repeat_channels(x, self.repeats)) if self.shortcut else y
-        y = self.conv(x)
-        return channels_to_space(y + repeat_channels(x, self.repeats) if self.shortcut else y)
+        if not self.interpolate:
+            y: Tensor = self.conv(x)
+            return channels_to_space(y + repeat_channels(x, self.repeats) if self.shortcut else y)
+        repeats = self.repeats if self.shortcut else None
+        if getattr(self.conv, "gives_phases", False):  # a quantised layer in the convolution's place
+            return upsample(x, self.conv, self.out_channels, repeats)
+        if is_inference(x) and isinstance(self.conv, nn.Conv2d):
+            kernels, bias = self.derived[0].of(self.conv), self.conv.bias
+            if (fused := self.by_kernel(x, kernels, bias, repeats)) is not None:
+                return fused
+            biases = None if bias is None else bias.repeat(4)
+            convolve = partial(F.conv2d, weight=kernels, bias=biases, padding=(0, 1))
+            return upsample(x, convolve, self.out_channels, repeats)
+        self.forget()
+        y = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return y + channels_to_space(repeat_channels(x, self.repeats)) if self.shortcut else y
 
 
 # --- Moving between channels and pixels, without leaving channels_last -------------------------------------------

@@ -7,9 +7,10 @@ its own: 16 products per small pixel where there were 36.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from sana_sprint.models.frugal import is_frugal, strips, window_rows
 from sana_sprint.models.layers import wide_dtype
@@ -26,25 +27,32 @@ def phase_kernels(weight: Tensor) -> Tensor:
     return kernels.to(weight.dtype, memory_format=torch.channels_last)
 
 
-def upsample(x: Tensor, kernels: Tensor, bias: Tensor | None, repeats: int | None) -> Tensor:
-    """The small grid (B,I,H,W) -> (B,C,2H,2W); `kernels` (4*C,I,2,2).
+def upsample(
+    x: Tensor, convolve: Callable[[Tensor], Tensor], channels: int, repeats: int | None
+) -> Tensor:
+    """The small grid (B,I,H,W) -> (B,C,2H,2W), C = `channels`.
 
+    `convolve` gives the phases of a grid, padded by a column of zeros at each side: (B,I,h,W) -> (B,4*C,h-1,W+1).
     `repeats` adds the shortcut: each channel of `x` so many times in a row, shuffled into pixels.
     """
     batch, _, height, width = x.shape
-    channels = len(kernels) // 4
-    biases = None if bias is None else bias.repeat(4)
     size = (batch, channels, 2 * height, 2 * width)
     out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     row = 4 * channels * width * x.element_size()
-    for first, end in strips(height, row) if is_frugal(x) else [(0, height)]:
+    frugal = is_frugal(x)
+    for first, end in strips(height, row) if frugal else [(0, height)]:
         # One row and one column more than the grid has: each phase takes those that begin where its kernel does.
-        phases = F.conv2d(window_rows(x, first - 1, end + 1), kernels, biases, padding=(0, 1))
+        phases = convolve(window_rows(x, first - 1, end + 1))
         for phase in range(4):
             a, b = divmod(phase, 2)
             y = phases[:, phase * channels : (phase + 1) * channels, a : a + end - first, b : b + width]
             target = out[:, :, 2 * first + a : 2 * end : 2, b::2]
-            target.copy_(y if repeats is None else y + _shortcut(x[:, :, first:end], repeats, phase))
+            if repeats is None:
+                target.copy_(y)
+            elif frugal:  # in one pass
+                torch.add(y, _shortcut(x[:, :, first:end], repeats, phase), out=target)
+            else:
+                target.copy_(y + _shortcut(x[:, :, first:end], repeats, phase))
     return out
 
 

@@ -3,19 +3,20 @@
 What stays as it is: time and guidance embedding, patch embedding, caption projection, `proj_out` and norms of the
 transformer; Gemma's embedding table and norms; the first and last convolution of the decoder, its depthwise ones and the
 encoder. They are a small part of the work and a large part of the error; `benchmarks/quantized.py --sensitive` measures it.
-And the decoder's upsampling convolutions, see `UPSAMPLING`.
+Where only weights are rounded the decoder's upsampling convolutions stay too: there are more numbers in their phases'
+kernels, see `QuantizedPhases`.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from sana_sprint.models.dc_blocks import UpBlock
 from sana_sprint.quantize.formats import PRESETS
-from sana_sprint.quantize.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear
+from sana_sprint.quantize.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear, QuantizedPhases
 
 # Component -> the prefix of the layers that are quantised, and exceptions from it.
 PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -24,8 +25,6 @@ PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "controlnet": ("transformer_blocks.", ()),
     "vae": ("decoder.", ("decoder.conv_in", "decoder.conv_out")),
 }
-# Without its weight, four-phase upsampling would be a convolution of the large grid again, in 9/4 of the operations.
-UPSAMPLING = re.compile(r"decoder\.up_blocks\.\d+\.\d+\.conv")
 FP8_CAPABILITY = (8, 9)
 INT8_CAPABILITY = (7, 5)
 
@@ -98,34 +97,41 @@ def _replace(
         raise ValueError(f"{component} cannot be quantised; components that can: {', '.join(PARTS)}")
     multiple = 16 if preset == "fp8" else 8  # what the kernels can do, and what 4-bit codes need to be packed
     found = {
-        name: layer
+        name: kind
         for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear | nn.Conv2d) and _fits(name, layer, component, multiple)
+        if (kind := _kind(model, name, layer, component, preset)) and _fits(layer, multiple)
     }
     if not found:
         raise ValueError(
             f"{component} has no layers that {preset} fits: their sizes must be multiples of {multiple}"
         )
-    for name, layer in found.items():
-        acts_on_pictures = component == "vae" and isinstance(layer, nn.Conv2d)
-        kind = QuantizedConv2d if acts_on_pictures else QuantizedLinear
+    for name, kind in found.items():
         owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, make(kind, layer))
+        setattr(model.get_submodule(owner), leaf, make(kind, model.get_submodule(name)))
     model.quantization = preset  # type: ignore[assignment]  # a plain attribute, no module or tensor
 
 
-def _fits(name: str, layer: nn.Linear | nn.Conv2d, component: str, multiple: int) -> bool:
+def _kind(
+    model: nn.Module, name: str, layer: nn.Module, component: str, preset: str
+) -> type[QuantizedLayer] | None:
+    """What takes the layer's place; None where it stays."""
     prefix, exceptions = PARTS[component]
-    if (
-        not name.startswith(prefix)
-        or name in exceptions
-        or any(name.startswith(f"{it}.") for it in exceptions)
-        or UPSAMPLING.fullmatch(name)
-    ):
-        return False
-    if isinstance(layer, nn.Conv2d):
-        if layer.groups > 1 or layer.dilation != (1, 1) or layer.padding_mode != "zeros":
-            return False
-        if component != "vae" and layer.kernel_size != (1, 1):
-            return False
-    return layer.weight.shape[0] % multiple == 0 and layer.weight[0].numel() % multiple == 0
+    if not name.startswith(prefix) or any(f"{name}.".startswith(f"{it}.") for it in exceptions):
+        return None
+    if isinstance(layer, nn.Linear):
+        return QuantizedLinear
+    if not isinstance(layer, nn.Conv2d) or layer.groups > 1 or layer.dilation != (1, 1):
+        return None
+    if component != "vae":
+        return QuantizedLinear if layer.kernel_size == (1, 1) else None
+    owner = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(owner, UpBlock) and owner.interpolate:
+        return QuantizedPhases if PRESETS[preset].rounds_activations else None
+    return QuantizedConv2d if layer.padding_mode == "zeros" else None
+
+
+def _fits(layer: nn.Module, multiple: int) -> bool:
+    """Whether a layer's outputs and the products of each are multiples of what kernels take."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[0] % multiple == 0 and weight[0].numel() % multiple == 0

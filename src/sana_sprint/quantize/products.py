@@ -6,7 +6,7 @@ depend on its neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -21,7 +21,12 @@ from sana_sprint.quantize.formats import FP8, FP8_MAX, INT8_MAX
 ZERO = (
     128  # the code of 0: the CPU's 8-bit units take unsigned activations only, others run in a slow reference
 )
+# Added to a number in fp32, whose last bit then stands for 1, it rounds it, and leaves its code as the lowest byte. Torch
+# has no vector instructions for fp32 to unsigned bytes.
+_TO_CODES = float(2**23 + ZERO)
 _TINY = 1e-30  # keeps the scale of a row of zeros defined
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
+_NO_PADDING = [0, 0]  # the kernels' own takes up to twice the time (2x2 kernels, oneDNN 3.12)
 _FEWEST_ROWS = 32  # torch._int_mm takes no fewer than 17
 
 
@@ -73,25 +78,40 @@ def _has_triton() -> bool:
 def _cpu_rows(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """Rounded, and scaled back, in pieces that stay in a core's cache: see `models.frugal`."""
     rounded = torch.empty(x.shape, dtype=torch.uint8)
-    steps = torch.empty(len(x), 1)
+    steps = torch.empty(len(x), 1, dtype=scale.dtype)
     for rows in _pieces(x):
-        steps[rows] = _step(x[rows], INT8_MAX)
-        # Cut off, the sum is rounded. `addcmul` of two dtypes would take longer.
-        rounded[rows] = torch.mul(x[rows], steps[rows].reciprocal()).add_(ZERO + 0.5)
+        steps[rows] = step = _held(_largest(x[rows]).clamp_min(_TINY) / INT8_MAX, scale.dtype)
+        wide = x[rows].to(torch.float32, copy=True)
+        rounded[rows] = wide.mul_(step.reciprocal()).add_(_TO_CODES).view(torch.int32)
     out: Tensor = _op("qlinear_pointwise")(
         rounded, 1.0, ZERO, packed, scale.float(), _zeros(scale), None,
         1.0, 0, scale.dtype, "none", [], "",
     )  # fmt: skip  # the kernel's thirteen positions: input, weight, bias, output, fused operation
     for rows in _pieces(out):
-        piece = out[rows].mul_(steps[rows])
-        if bias is not None:
-            piece.add_(bias)
+        if bias is None:
+            out[rows].mul_(steps[rows])
+        else:
+            torch.addcmul(bias.detach(), out[rows], steps[rows], out=out[rows])
     return out
 
 
+def _largest(x: Tensor) -> Tensor:
+    """Of each row's absolute values, (M,1) fp32. By their bits, which are in the same order and take a fifth of the time."""
+    kind = _BITS[x.element_size()]
+    bits = x.view(kind).bitwise_and(torch.iinfo(kind).max)
+    return bits.amax(1, keepdim=True).view(x.dtype).float()
+
+
+def _held(step: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounded up to what the dtype can hold, so that products with it are in one dtype and as exact."""
+    if dtype != torch.bfloat16:
+        return step
+    return step.view(torch.int32).add(0xFFFF).bitwise_and_(-0x10000).view(torch.float32)
+
+
 def _pieces(x: Tensor) -> Iterator[slice]:
-    """Rows of x (M,N) that are in work at once."""
-    rows = max(1, PIECE // x.shape[1])
+    """Rows of x (M,...) that are in work at once."""
+    rows = max(1, PIECE // x.shape[1:].numel())
     return (slice(first, first + rows) for first in range(0, len(x), rows))
 
 
@@ -112,14 +132,16 @@ def fp8_rows(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     return product.to(scale.dtype)
 
 
-def pack_convolution(codes: Tensor, scale: Tensor, stride: list[int], padding: list[int]) -> Tensor:
+def pack_convolution(codes: Tensor, scale: Tensor, stride: list[int]) -> Tensor:
     """Codes (outputs, inputs, kernel, kernel) int8 in the order in which the CPU's convolution reads them."""
-    packed: Tensor = _op("qconv_prepack")(codes, scale.float(), 1.0, ZERO, stride, padding, [1, 1], 1, None)
+    packed: Tensor = _op("qconv_prepack")(
+        codes, scale.float(), 1.0, ZERO, stride, _NO_PADDING, [1, 1], 1, None
+    )
     return packed
 
 
 def int8_convolution(
-    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, stride: list[int], padding: list[int]
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, stride: list[int], padding: Sequence[int]
 ) -> Tensor:
     """Convolution of pictures x (B,C,H,W), each rounded on its own; in the scale's dtype, channels_last.
 
@@ -129,25 +151,31 @@ def int8_convolution(
     wide_bias = None if bias is None else bias.detach().float()
     pictures = []
     for picture in torch.split(x.contiguous(memory_format=torch.channels_last), 1):
-        rounded, step = _rounded_picture(picture)
+        rounded, step = _rounded_picture(picture, padding)
         pictures.append(
             _op("qconv2d_pointwise")(
                 rounded, step, ZERO, packed, scale.float(), _zeros(scale), wide_bias,
-                stride, padding, [1, 1], 1, 1.0, 0, scale.dtype, "none", [], "",
+                stride, _NO_PADDING, [1, 1], 1, 1.0, 0, scale.dtype, "none", [], "",
             )
         )  # fmt: skip  # as above, with the convolution's geometry
     return pictures[0] if len(pictures) == 1 else torch.cat(pictures)
 
 
-def _rounded_picture(picture: Tensor) -> tuple[Tensor, float]:
-    """Codes of a picture (1,C,H,W), channels_last, and their step."""
-    rounded = torch.empty(picture.shape, dtype=torch.uint8, memory_format=torch.channels_last)
-    rows, codes = (x.movedim(1, -1).flatten(0, 2) for x in (picture, rounded))
-    smallest, largest = torch.aminmax(rows)
+def _rounded_picture(picture: Tensor, padding: Sequence[int]) -> tuple[Tensor, float]:
+    """Codes of a picture (1,C,H,W), channels_last, with `padding` rows and columns of zeros around it, and their step."""
+    _, channels, height, width = picture.shape
+    top, left = padding
+    size = (1, channels, height + 2 * top, width + 2 * left)
+    rounded = torch.empty(size, dtype=torch.uint8, memory_format=torch.channels_last)
+    codes, pixels = (grid[0].permute(1, 2, 0) for grid in (rounded, picture))
+    for margin in (codes[:top], codes[top + height :], codes[:, :left], codes[:, left + width :]):
+        margin.fill_(ZERO)
+    inside = codes[top : top + height, left : left + width]
+    smallest, largest = torch.aminmax(pixels)
     step = max(float(largest), -float(smallest), _TINY) / INT8_MAX
-    half = torch.full((1, 1), ZERO + 0.5)
-    for part in _pieces(rows):
-        codes[part] = torch.add(half, rows[part], alpha=1 / step)
+    to_codes = torch.full((1, 1, 1), _TO_CODES)
+    for rows in _pieces(pixels):
+        inside[rows] = torch.add(to_codes, pixels[rows], alpha=1 / step).view(torch.int32)
     return rounded, step
 
 
