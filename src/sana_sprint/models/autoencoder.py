@@ -26,8 +26,9 @@ from sana_sprint.models.dc_blocks import (
     UpBlock,
     average_channels,
     repeat_channels,
+    run_stage,
 )
-from sana_sprint.models.frugal import over_pixels
+from sana_sprint.models.frugal import needs_pieces, over_pixels
 from sana_sprint.models.tiling import Tiling, run_tiled
 
 _BLOCKS = ("EfficientViTBlock", "ResBlock")
@@ -254,7 +255,7 @@ class Encoder(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         x = self.conv_in(image.contiguous(memory_format=torch.channels_last))
         for stage in self.down_blocks:
-            x = stage(x)
+            x = run_stage(stage, x)
         latent: Tensor = self.conv_out(x)
         if self.out_shortcut:
             latent = latent + average_channels(x, self.latent_channels)
@@ -301,12 +302,13 @@ class Decoder(nn.Module):
         if self.in_shortcut:
             x = x + repeat_channels(latent, self.in_repeats)
         for stage in reversed(self.up_blocks):
-            x = stage(x)
+            x = run_stage(stage, x)
         activated = self.norm_out.by_kernel(x, None, self.conv_act)
         if activated is not None:
             x = activated
         else:  # nobody else holds the last block's result, so it may be written over
-            x = over_pixels(lambda x: self.conv_act(self.norm_out.pixels(x)), x)
+            norm = self.norm_out.wide_pixels if needs_pieces(x) else self.norm_out.pixels
+            x = over_pixels(lambda x: self.conv_act(norm(x)), x)
         image: Tensor = self.conv_out(x)
         return image
 

@@ -20,6 +20,7 @@ from sana_sprint.models.derived import Derived
 from sana_sprint.models.frugal import (
     by_strips,
     convolve_rows,
+    is_frugal,
     is_inference,
     needs_pieces,
     needs_strips,
@@ -77,6 +78,13 @@ class ChannelRMSNorm(Fusible):
         normed = F.rms_norm(x.to(wide_dtype(x)), self.weight.shape, None, self.eps).to(x.dtype)
         return torch.addcmul(self.bias.to(x.dtype), normed, self.weight.to(x.dtype))
 
+    def wide_pixels(self, x: Tensor) -> Tensor:
+        """`pixels` without gradients and in fewer passes over memory, before it is rounded: in fp32 or wider."""
+        wide = x.to(wide_dtype(x), copy=True)
+        mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        wide.mul_(mean_square.add_(self.eps).rsqrt_())
+        return torch.addcmul(self.bias.to(wide.dtype), wide, self.weight.to(wide.dtype), out=wide)
+
     def forward(self, x: Tensor) -> Tensor:
         return self.pixels(x.movedim(1, -1)).movedim(-1, 1)
 
@@ -96,14 +104,23 @@ NORMS: dict[str, type[ChannelRMSNorm] | type[nn.BatchNorm2d]] = {
 }
 
 
-def add_normed(norm: nn.Module, change: Tensor, x: Tensor) -> Tensor:
-    """`x + norm(change)`; `change` is given up."""
+def add_normed(norm: nn.Module, change: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """`x + norm(change)`, into `out` if given, which may be x; `change` is given up."""
     if not isinstance(norm, ChannelRMSNorm):
-        out: Tensor = x + norm(change)
-        return out
-    if (fused := norm.by_kernel(change, x)) is not None:
+        total: Tensor = x + norm(change)
+        return total if out is None else out.copy_(total)
+    if out is None and (fused := norm.by_kernel(change, x)) is not None:
         return fused
-    return over_pixels(lambda change, x: x + norm.pixels(change), change, x)
+    if needs_pieces(change):
+        return over_pixels(lambda change, x: norm.wide_pixels(change).add_(x), change, x, out=out)
+    return over_pixels(lambda change, x: x + norm.pixels(change), change, x, out=out)
+
+
+def activate(activation: nn.Module, x: Tensor) -> Tensor:
+    """`activation(x)`; x is given up."""
+    if is_frugal(x) and hasattr(activation, "inplace"):
+        activation = type(activation)(inplace=True)
+    return over_pixels(activation, x)
 
 
 class ResBlock(Deriving):
@@ -117,28 +134,30 @@ class ResBlock(Deriving):
         self.norm = NORMS[norm](channels)
         self.derived = Derived(transformed_kernels), Derived(transformed_kernels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if needs_strips(x, x.shape[1]) or winograd.pays(self.conv1, x):
-            return by_strips(self._rows, x, x.shape[1])
+    def forward(self, x: Tensor, *, may_overwrite: bool = False) -> Tensor:
+        minimal = winograd.pays(self.conv1, x)
+        if minimal or needs_strips(x, x.shape[1]):
+            rows = partial(self._rows, minimal)
+            return by_strips(rows, x, x.shape[1], margin=2, may_overwrite=may_overwrite)
         if not is_inference(x):
             self.forget()
         hidden = self.by_kernel(x)
         if hidden is None:
-            hidden = over_pixels(self.nonlinearity, self.conv1(x))
+            hidden = activate(self.nonlinearity, self.conv1(x))
         return add_normed(self.norm, self.conv2(hidden), x)
 
-    def _rows(self, x: Tensor, first: int, last: int) -> Tensor:
-        """Rows first to last - 1 of the result."""
+    def _rows(self, minimal: bool, x: Tensor, first: int, last: int, out: Tensor) -> None:
+        """Rows first to last - 1 of the result, by minimal filtering or not."""
         top = max(0, first - 1)
-        hidden = self._convolve(0, x, x, top, min(last + 1, x.shape[2]))
-        hidden = over_pixels(self.nonlinearity, hidden)
-        change = self._convolve(1, x, hidden, first - top, last - top)
-        return add_normed(self.norm, change, x[:, :, first:last])
+        hidden = self._convolve(minimal, 0, x, top, min(last + 1, x.shape[2]))
+        hidden = activate(self.nonlinearity, hidden)
+        change = self._convolve(minimal, 1, hidden, first - top, last - top)
+        add_normed(self.norm, change, x[:, :, first:last], out)
 
-    def _convolve(self, number: int, whole: Tensor, x: Tensor, first: int, last: int) -> Tensor:
-        """Rows first to last - 1 of a convolution of x, which is a part of a grid of the size of `whole`."""
+    def _convolve(self, minimal: bool, number: int, x: Tensor, first: int, last: int) -> Tensor:
+        """Rows first to last - 1 of a convolution of x."""
         conv = (self.conv1, self.conv2)[number]
-        if not winograd.pays(conv, whole):
+        if not minimal:
             return convolve_rows(conv, x, first, last)
         kernels = self.derived[number].of(conv)
         return winograd.convolve(window_rows(x, first - 1, last + 1), kernels, conv.bias)
@@ -153,7 +172,7 @@ class EfficientViTBlock(nn.Module):
         self.conv_out = GatedConv(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv_out(self.attn(x))
+        out: Tensor = self.conv_out(self.attn(x), may_overwrite=True)
         return out
 
 
@@ -235,33 +254,44 @@ class GatedConv(Fusible):
         self.conv_point = nn.Conv2d(hidden, channels, 1, bias=False)
         self.norm = ChannelRMSNorm(channels)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, may_overwrite: bool = False) -> Tensor:
         hidden = self.conv_depth.weight.shape[0]
         if needs_strips(x, hidden):
-            return by_strips(self._rows, x, hidden)
+            return by_strips(self._rows, x, hidden, margin=1, may_overwrite=may_overwrite)
         gated = self.by_kernel(x)
         if gated is not None:
             return add_normed(self.norm, self.conv_point(gated), x)
         return self._contract(self.conv_depth(self._expand(x)), x)
 
-    def _rows(self, x: Tensor, first: int, last: int) -> Tensor:
+    def _rows(self, x: Tensor, first: int, last: int, out: Tensor) -> None:
         """Rows first to last - 1 of the result."""
         top, bottom = max(0, first - 1), min(last + 1, x.shape[2])
         hidden = self._expand(x[:, :, top:bottom])
-        return self._contract(
-            convolve_rows(self.conv_depth, hidden, first - top, last - top), x[:, :, first:last]
-        )
+        hidden = convolve_rows(self.conv_depth, hidden, first - top, last - top)
+        self._contract(hidden, x[:, :, first:last], out)
 
     def _expand(self, x: Tensor) -> Tensor:
-        return over_pixels(F.silu, self.conv_inverted(x))
+        return activate(nn.SiLU(), self.conv_inverted(x))
 
-    def _contract(self, hidden: Tensor, x: Tensor) -> Tensor:
+    def _contract(self, hidden: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
         value, gate = hidden.chunk(2, dim=1)
-        return add_normed(self.norm, self.conv_point(over_pixels(_gate, value, gate)), x)
+        gated = over_pixels(_gate_over if is_frugal(x) else _gate, value, gate)
+        return add_normed(self.norm, self.conv_point(gated), x, out)
 
 
 def _gate(value: Tensor, gate: Tensor) -> Tensor:
     return value * F.silu(gate)
+
+
+def _gate_over(value: Tensor, gate: Tensor) -> Tensor:
+    return value.mul_(F.silu(gate, inplace=True))
+
+
+def run_stage(stage: nn.Module, x: Tensor) -> Tensor:
+    """A stage's blocks one after the other; x is given up."""
+    for block in stage.children():
+        x = block(x, may_overwrite=True) if isinstance(block, ResBlock) else block(x)
+    return x
 
 
 class DownBlock(nn.Module):

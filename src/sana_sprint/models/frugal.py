@@ -2,7 +2,7 @@
 
 A new tensor of many megabytes costs more than the arithmetic on it: the kernel zeroes each of its pages at the first
 touch. So what acts on pixels one by one runs in pieces that stay in a core's cache and writes over its input, and
-convolutions run in strips of rows whose memory is used again. The numbers are the same.
+convolutions run in strips of rows whose memory is used again. The numbers are the same, up to rounding.
 """
 
 from __future__ import annotations
@@ -38,21 +38,27 @@ def needs_pieces(x: Tensor) -> bool:
     return is_frugal(x) and x.numel() > PIECE
 
 
-def over_pixels(function: Callable[..., Tensor], target: Tensor, *others: Tensor) -> Tensor:
+def over_pixels(
+    function: Callable[..., Tensor], target: Tensor, *others: Tensor, out: Tensor | None = None
+) -> Tensor:
     """`function` of arrays whose last axis is the channels, on grids (B,C,H,W) -> (B,C,H,W).
 
     It must give as many channels as `target` has and see each pixel by itself. `target` is given up: where memory is
-    saved, the result is written over it.
+    saved, the result is written over it. Or into `out`, which may be one of the others.
     """
-    pixels = [x.movedim(1, -1) for x in (target, *others)]
+    result = target if out is None else out
     if not needs_pieces(target):
-        return function(*pixels).movedim(-1, 1)
+        made = function(*(x.movedim(1, -1) for x in (target, *others))).movedim(-1, 1)
+        return made if out is None else out.copy_(made)
+    pixels = [x.movedim(1, -1) for x in (result, target, *others)]
     rows = max(1, PIECE // pixels[0][0, 0].numel())
     for picture in zip(*pixels, strict=True):
         for first in range(0, target.shape[2], rows):
-            pieces = [x[first : first + rows] for x in picture]
-            pieces[0].copy_(function(*pieces))
-    return target
+            place, piece, *more = (x[first : first + rows] for x in picture)
+            made = function(piece, *more)
+            if out is not None or made is not piece:  # else it was written over
+                place.copy_(made)
+    return result
 
 
 def needs_strips(x: Tensor, channels: int) -> bool:
@@ -60,16 +66,33 @@ def needs_strips(x: Tensor, channels: int) -> bool:
     return is_frugal(x) and x.shape[2] * x.shape[3] * x.element_size() * channels > 2 * STRIP
 
 
-def by_strips(rows: Callable[[Tensor, int, int], Tensor], x: Tensor, channels: int) -> Tensor:
-    """A result of `x`'s shape from `rows(picture (1,C,H,W), first, end)`, which gives its rows from first to end - 1.
+def by_strips(
+    rows: Callable[[Tensor, int, int, Tensor], object],
+    x: Tensor,
+    channels: int,
+    *,
+    margin: int,
+    may_overwrite: bool = False,
+) -> Tensor:
+    """A result of `x`'s shape from `rows(strip, first, end, out)`, which writes the strip's rows from first to end - 1.
 
-    `channels` says how many its largest intermediate grid has.
+    A strip (1,C,h,W) has `margin` more rows of x above and below those, or as many as there are.
+    `channels` says how many its largest intermediate grid has. `may_overwrite` says that nobody else needs x.
     """
-    out = torch.empty_like(x)
-    for picture, result in zip(x.chunk(len(x)), out.chunk(len(x)), strict=True):
-        for first, end in strips(x.shape[2], x.shape[3] * x.element_size() * channels):
-            result[:, :, first:end] = rows(picture, first, end)
-    return out
+    height = x.shape[2]
+    result = x if may_overwrite else torch.empty_like(x)
+    for picture, out in zip(x.chunk(len(x)), result.chunk(len(x)), strict=True):
+        above = None  # rows of x that were written over
+        for first, end in strips(height, x.shape[3] * x.element_size() * channels):
+            top, bottom = max(0, first - margin), min(end + margin, height)
+            if above is None:
+                strip = picture[:, :, top:bottom]
+            else:
+                strip = torch.cat([above, picture[:, :, first:bottom]], dim=2)
+            if may_overwrite:
+                above = strip[:, :, max(0, end - margin) - top : end - top].clone()
+            rows(strip, first - top, end - top, out[:, :, first:end])
+    return result
 
 
 def strips(height: int, row: int) -> Iterator[tuple[int, int]]:
