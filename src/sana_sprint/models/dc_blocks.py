@@ -20,14 +20,21 @@ from sana_sprint.models.derived import Derived
 from sana_sprint.models.frugal import (
     by_strips,
     convolve_rows,
-    is_frugal,
     is_inference,
     needs_pieces,
     needs_strips,
     over_pixels,
     window_rows,
 )
-from sana_sprint.models.layers import autocast_off, wide_dtype
+from sana_sprint.models.layers import (
+    SILU,
+    activate,
+    attend_in_pieces,
+    autocast_off,
+    gated,
+    wide_dtype,
+    wide_normed,
+)
 from sana_sprint.models.upsampling import phase_kernels, upsample
 from sana_sprint.models.winograd import transformed_kernels
 
@@ -80,9 +87,7 @@ class ChannelRMSNorm(Fusible):
 
     def wide_pixels(self, x: Tensor) -> Tensor:
         """`pixels` without gradients and in fewer passes over memory, before it is rounded: in fp32 or wider."""
-        wide = x.to(wide_dtype(x), copy=True)
-        mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        wide.mul_(mean_square.add_(self.eps).rsqrt_())
+        wide = wide_normed(x, self.eps)
         return torch.addcmul(self.bias.to(wide.dtype), wide, self.weight.to(wide.dtype), out=wide)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,13 +119,6 @@ def add_normed(norm: nn.Module, change: Tensor, x: Tensor, out: Tensor | None = 
     if needs_pieces(change):
         return over_pixels(lambda change, x: norm.wide_pixels(change).add_(x), change, x, out=out)
     return over_pixels(lambda change, x: x + norm.pixels(change), change, x, out=out)
-
-
-def activate(activation: nn.Module, x: Tensor) -> Tensor:
-    """`activation(x)`; x is given up."""
-    if is_frugal(x) and hasattr(activation, "inplace"):
-        activation = type(activation)(inplace=True)
-    return over_pixels(activation, x)
 
 
 class ResBlock(Deriving):
@@ -205,12 +203,10 @@ class MultiscaleLinearAttention(Fusible):
     def _mix(self, qkv: Tensor) -> Tensor:
         """Attention of one scale, (B,3*inner,H,W) -> (B,N,inner)."""
         # As published, a head is any 3E channels in a row, [q|k|v], whichever projection they came from.
-        heads = torch.unflatten(qkv.movedim(1, -1).flatten(1, 2), -1, (-1, 3 * self.head_dim)).transpose(1, 2)
-        if needs_pieces(heads):  # a head at a time, whose fp32 copy is small
-            mixed = torch.cat([linear_attention(head) for head in heads.chunk(heads.shape[1], dim=1)], dim=1)
-        else:
-            mixed = linear_attention(heads)
-        return mixed.transpose(1, 2).flatten(2)
+        heads = torch.unflatten(qkv.movedim(1, -1).flatten(1, 2), -1, (-1, 3 * self.head_dim))
+        if needs_pieces(heads):
+            return attend_in_pieces(*heads.chunk(3, dim=-1), ATTENTION_EPS).flatten(2)
+        return linear_attention(heads.transpose(1, 2)).transpose(1, 2).flatten(2)
 
 
 class QKVScale(nn.Module):
@@ -258,9 +254,9 @@ class GatedConv(Fusible):
         hidden = self.conv_depth.weight.shape[0]
         if needs_strips(x, hidden):
             return by_strips(self._rows, x, hidden, margin=1, may_overwrite=may_overwrite)
-        gated = self.by_kernel(x)
-        if gated is not None:
-            return add_normed(self.norm, self.conv_point(gated), x)
+        by_kernel = self.by_kernel(x)
+        if by_kernel is not None:
+            return add_normed(self.norm, self.conv_point(by_kernel), x)
         return self._contract(self.conv_depth(self._expand(x)), x)
 
     def _rows(self, x: Tensor, first: int, last: int, out: Tensor) -> None:
@@ -271,20 +267,10 @@ class GatedConv(Fusible):
         self._contract(hidden, x[:, :, first:last], out)
 
     def _expand(self, x: Tensor) -> Tensor:
-        return activate(nn.SiLU(), self.conv_inverted(x))
+        return activate(SILU, self.conv_inverted(x))
 
     def _contract(self, hidden: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
-        value, gate = hidden.chunk(2, dim=1)
-        gated = over_pixels(_gate_over if is_frugal(x) else _gate, value, gate)
-        return add_normed(self.norm, self.conv_point(gated), x, out)
-
-
-def _gate(value: Tensor, gate: Tensor) -> Tensor:
-    return value * F.silu(gate)
-
-
-def _gate_over(value: Tensor, gate: Tensor) -> Tensor:
-    return value.mul_(F.silu(gate, inplace=True))
+        return add_normed(self.norm, self.conv_point(gated(hidden)), x, out)
 
 
 def run_stage(stage: nn.Module, x: Tensor) -> Tensor:

@@ -38,27 +38,34 @@ def needs_pieces(x: Tensor) -> bool:
     return is_frugal(x) and x.numel() > PIECE
 
 
-def over_pixels(
+def over_rows(
     function: Callable[..., Tensor], target: Tensor, *others: Tensor, out: Tensor | None = None
 ) -> Tensor:
-    """`function` of arrays whose last axis is the channels, on grids (B,C,H,W) -> (B,C,H,W).
+    """`function` of arrays (B,N,...,C) -> (B,N,...,C), which sees each of the N rows by itself.
 
-    It must give as many channels as `target` has and see each pixel by itself. `target` is given up: where memory is
-    saved, the result is written over it. Or into `out`, which may be one of the others.
+    It must give as many numbers as `target` has. `target` is given up: where memory is saved, the result is written
+    over it. Or into `out`, which may be one of the others.
     """
-    result = target if out is None else out
     if not needs_pieces(target):
-        made = function(*(x.movedim(1, -1) for x in (target, *others))).movedim(-1, 1)
+        made = function(target, *others)
         return made if out is None else out.copy_(made)
-    pixels = [x.movedim(1, -1) for x in (result, target, *others)]
-    rows = max(1, PIECE // pixels[0][0, 0].numel())
-    for picture in zip(*pixels, strict=True):
-        for first in range(0, target.shape[2], rows):
+    result = target if out is None else out
+    rows = max(1, PIECE // target[0, 0].numel())
+    for picture in zip(result, target, *others, strict=True):
+        for first in range(0, target.shape[1], rows):
             place, piece, *more = (x[first : first + rows] for x in picture)
             made = function(piece, *more)
             if out is not None or made is not piece:  # else it was written over
                 place.copy_(made)
     return result
+
+
+def over_pixels(
+    function: Callable[..., Tensor], target: Tensor, *others: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """`over_rows` of grids (B,C,H,W) -> (B,C,H,W), whose channels `function` finds along the last axis."""
+    target, *others = (x.movedim(1, -1) for x in (target, *others))
+    return over_rows(function, target, *others, out=None if out is None else out.movedim(1, -1)).movedim(-1, 1)
 
 
 def needs_strips(x: Tensor, channels: int) -> bool:

@@ -14,10 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sana_sprint.models.frugal import PIECE, is_frugal, needs_pieces, over_pixels, over_rows
+
 SINUSOID_CHANNELS = 256
 QK_NORM_EPS = 1e-5
 LINEAR_ATTENTION_EPS = 1e-15
 FP16_MAX = 65504.0
+SILU = nn.SiLU()
 
 
 # --- Precision ---------------------------------------------------------------------------------------------------
@@ -178,9 +181,23 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        if needs_pieces(x):
+            return over_rows(self._wide, x, out=torch.empty_like(x, dtype=self.weight.dtype))
         wide = wide_dtype(x)
         normed = F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps)
         return normed.to(self.weight.dtype)
+
+    def _wide(self, x: Tensor) -> Tensor:
+        """Before it is rounded."""
+        wide = wide_normed(x, self.eps)
+        return wide.mul_(self.weight.to(wide.dtype))
+
+
+def wide_normed(x: Tensor, eps: float) -> Tensor:
+    """`x / sqrt(mean(x^2) + eps)` over the last axis in fp32 or wider, without gradients and in the fewest passes."""
+    wide = x.to(wide_dtype(x), copy=True)
+    mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+    return wide.mul_(mean_square.add_(eps).rsqrt_())
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -204,9 +221,12 @@ def merge_heads(x: Tensor) -> Tensor:
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
     """ReLU linear attention (SANA, section 2.2): `relu(q) (relu(k)^T v) / (relu(q) sum relu(k))` for each head.
 
-    q, k, v (B,N,D) -> (B,N,D) in fp32: sums over all N tokens do not fit half precision.
+    q, k, v (B,N,D) -> (B,N,D) in fp32: sums over all N tokens do not fit half precision. Where memory is saved, in v's dtype.
     """
     wide = wide_dtype(v)
+    if needs_pieces(v):
+        q, k, v = (torch.unflatten(x, -1, (num_heads, -1)) for x in (q, k, v))
+        return attend_in_pieces(q, k, v, LINEAR_ATTENTION_EPS).flatten(2)
 
     def to_heads(x: Tensor) -> Tensor:
         # One copy does both the cast and the layout that batched products need.
@@ -217,6 +237,31 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
         numerator = q @ (k.transpose(-1, -2) @ v)  # (B,K,N,E)
         denominator = q @ k.sum(dim=-2).unsqueeze(-1)  # (B,K,N,1)
     return merge_heads(numerator / (denominator + LINEAR_ATTENTION_EPS))
+
+
+def attend_in_pieces(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
+    """ReLU linear attention without gradients, some tokens at a time: q, k, v (B,N,K,E) -> (B,N,K,E), rounded to v's dtype.
+
+    Heads stay where they lie, also as parts of larger arrays: copies in another order would take as long as the products.
+    """
+    wide = wide_dtype(v)
+    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    tokens, heads, width = v.shape[1:]
+    rows = max(1, PIECE // (heads * width))
+    pieces = [slice(first, first + rows) for first in range(0, tokens, rows)]
+    for queries, keys, values, result in zip(q, k, v, out, strict=True):
+        total = torch.zeros(heads, width, dtype=wide, device=v.device)
+        sums = torch.zeros(heads, width, width, dtype=wide, device=v.device)
+        for piece in pieces:
+            weights = keys[piece].to(wide, copy=True).relu_()  # (n,K,E)
+            total += weights.sum(0)
+            sums.baddbmm_(weights.permute(1, 2, 0), values[piece].to(wide).transpose(0, 1))
+        for piece in pieces:
+            weights = queries[piece].to(wide, copy=True).relu_()
+            denominator = torch.linalg.vecdot(weights, total).add_(eps).unsqueeze(-1)  # (n,K,1)
+            numerator = torch.bmm(weights.transpose(0, 1), sums).transpose(0, 1)
+            result[piece] = torch.div(numerator, denominator, out=weights)
+    return out
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
@@ -295,6 +340,27 @@ def pointwise(layer: nn.Module, x: Tensor) -> Tensor:
     return out
 
 
+def activate(activation: nn.Module, x: Tensor) -> Tensor:
+    """`activation(x)` of a grid (B,C,H,W), which is given up."""
+    if is_frugal(x) and hasattr(activation, "inplace"):
+        activation = type(activation)(inplace=True)
+    return over_pixels(activation, x)
+
+
+def gated(hidden: Tensor) -> Tensor:
+    """The first half of the channels of a grid (B,2C,H,W), times SiLU of the second; both are given up."""
+    value, gate = hidden.chunk(2, dim=1)
+    return over_pixels(_gate_over if is_frugal(value) else _gate, value, gate)
+
+
+def _gate(value: Tensor, gate: Tensor) -> Tensor:
+    return value * F.silu(gate)
+
+
+def _gate_over(value: Tensor, gate: Tensor) -> Tensor:
+    return value.mul_(F.silu(gate, inplace=True))
+
+
 class GatedConvFeedForward(nn.Module):
     """Mix-FFN (SANA, section 2.2): 1x1 expand, SiLU, depthwise 3x3, gate, 1x1 contract.
 
@@ -311,7 +377,6 @@ class GatedConvFeedForward(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """x (B,N,D), grid (H,W) with H*W = N -> (B,N,D)."""
-        hidden = F.silu(pointwise(self.conv_inverted, x))
-        image = torch.unflatten(hidden, 1, grid).permute(0, 3, 1, 2)  # (B,5D,H,W), channels_last
-        value, gate = self.conv_depth(image).permute(0, 2, 3, 1).flatten(1, 2).chunk(2, dim=-1)
-        return pointwise(self.conv_point, value * F.silu(gate))
+        hidden = torch.unflatten(pointwise(self.conv_inverted, x), 1, grid).permute(0, 3, 1, 2)
+        image = self.conv_depth(activate(SILU, hidden))  # (B,5D,H,W), channels_last
+        return pointwise(self.conv_point, gated(image).permute(0, 2, 3, 1).flatten(1, 2))
