@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-PIECE = 1 << 18  # elements that are in work at once: 1 MiB in fp32
+PIECE = 1 << 19  # elements that are in work at once: 2 MiB in fp32, shared by the cores
 STRIP = 1 << 24  # bytes of a strip: malloc keeps blocks of less than 32 MiB for the next one
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sana_sprint.allocator import freed_memory_kept
 from sana_sprint.numerics import check_dtype, draw_noise, dtype_name, finite_checks_later
 from sana_sprint.pipelines.base import BasePipeline
 from sana_sprint.pipelines.callbacks import StepCallback, StepHook, check_tensor_inputs
@@ -28,6 +29,8 @@ from sana_sprint.pipelines.prompting import Prompts, TextInputs
 from sana_sprint.prompts import COMPLEX_HUMAN_INSTRUCTION, DEFAULT_MAX_SEQUENCE_LENGTH
 from sana_sprint.resolutions import Size, plan_size
 from sana_sprint.sampling import PUBLISHED_INTERMEDIATE, PUBLISHED_MAX, schedule
+
+_MANY_PIXELS = 512 * 512  # with fewer, what the allocator gives to the system is soon asked for again
 
 __all__ = ["SanaSprintOutput", "SanaSprintPipeline"]
 
@@ -130,7 +133,9 @@ class SanaSprintPipeline(BasePipeline):
         generators, seeds = choose_generators(seed, generator, prompts.count * repeats)
         shape = self._latent_shape(prompts.count * repeats, size, latents)
         steer = _steering(prompts.count, repeats, size, times)
-        with finite_checks_later(callback_on_step_end is None):  # a callback is shown nothing unchecked
+        checks = finite_checks_later(callback_on_step_end is None)  # a callback is shown nothing unchecked
+        pixels_at_once = shape[0] * size.model_height * size.model_width
+        with checks, freed_memory_kept(self.device.type == "cpu" and pixels_at_once >= _MANY_PIXELS):
             text = self._encode(prompts, clean_caption, max_sequence_length, complex_human_instruction)
             noise = self._noise(latents, shape, generators)  # while a GPU is at the text
             conditioning = steer(Conditioning.of(transformer, text, repeats, guidance))
