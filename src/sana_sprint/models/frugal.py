@@ -89,16 +89,16 @@ def by_strips(
     height = x.shape[2]
     result = x if may_overwrite else torch.empty_like(x)
     for picture, out in zip(x.chunk(len(x)), result.chunk(len(x)), strict=True):
-        above = None  # rows of x that were written over
+        above = picture[:, :, :0]  # rows of x which the result has taken the place of, and the next strip must see
         for first, end in strips(height, x.shape[3] * x.element_size() * channels):
             top, bottom = max(0, first - margin), min(end + margin, height)
-            if above is None:
-                strip = picture[:, :, top:bottom]
-            else:
-                strip = torch.cat([above, picture[:, :, first:bottom]], dim=2)
+            finished = out[:, :, first - above.shape[2] : first]
+            kept = finished.clone()
+            finished.copy_(above)
             if may_overwrite:
-                above = strip[:, :, max(0, end - margin) - top : end - top].clone()
-            rows(strip, first - top, end - top, out[:, :, first:end])
+                above = picture[:, :, max(0, end - margin) : end].clone()
+            rows(picture[:, :, top:bottom], first - top, end - top, out[:, :, first:end])
+            finished.copy_(kept)
     return result
 
 
