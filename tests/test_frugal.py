@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -111,6 +112,39 @@ def test_strips_meet_without_seams(strip, monkeypatch):
     assert torch.equal(rows, x * 2)
     covered = [row for first, end in frugal.strips(12, 60) for row in range(first, end)]
     assert covered == list(range(12))
+
+
+@pytest.mark.parametrize("strip", [1, 200, 1 << 24])
+@pytest.mark.parametrize(("name", "margin"), [("res", 2), ("gated", 1)])
+def test_strips_may_write_over_what_they_read(name, margin, strip, monkeypatch):
+    # Strips lower than the rows that the next one must still see, and higher ones; two pictures.
+    monkeypatch.setattr(frugal, "STRIP", strip)
+    block = make(name, torch.float64)
+    x = grid(block, (2, 12, 5), torch.float64)
+    with torch.no_grad():
+        expected = frugal.by_strips(partial(rows_of, block), x, 8, margin=margin)
+        found = frugal.by_strips(partial(rows_of, block), x, 8, margin=margin, may_overwrite=True)
+    assert found is x
+    assert torch.equal(found, expected)
+
+
+def rows_of(block: nn.Module, strip: Tensor, first: int, end: int, out: Tensor) -> None:
+    arguments = (False,) if isinstance(block, ResBlock) else ()
+    block._rows(*arguments, strip, first, end, out)
+
+
+def test_only_what_a_decoder_made_itself_is_written_over(small_pieces):
+    model = tiny_autoencoder("published")
+    latent = torch.randn(2, 4, 5, 3)
+    kept, seen = latent.clone(), []
+    for stage in model.decoder.up_blocks:
+        stage[-1].register_forward_hook(
+            lambda _, inputs, out: seen.append(out.data_ptr() == inputs[0].data_ptr())
+        )
+    with torch.no_grad():
+        model.decode(latent)
+    assert torch.equal(latent, kept)
+    assert any(seen)
 
 
 # --- When the fast path is taken ----------------------------------------------------------------------------------

@@ -36,6 +36,10 @@ class Size:
     model_height: int
     model_width: int
 
+    @property
+    def model_pixels(self) -> int:
+        return self.model_height * self.model_width
+
 
 @dataclass(frozen=True)
 class ResizeCrop:

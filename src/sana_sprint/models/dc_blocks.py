@@ -205,7 +205,8 @@ class MultiscaleLinearAttention(Fusible):
         # As published, a head is any 3E channels in a row, [q|k|v], whichever projection they came from.
         heads = torch.unflatten(qkv.movedim(1, -1).flatten(1, 2), -1, (-1, 3 * self.head_dim))
         if needs_pieces(heads):
-            return attend_in_pieces(*heads.chunk(3, dim=-1), ATTENTION_EPS).flatten(2)
+            q, k, v = heads.chunk(3, dim=-1)
+            return attend_in_pieces(q, k, v, ATTENTION_EPS).flatten(2)
         return linear_attention(heads.transpose(1, 2)).transpose(1, 2).flatten(2)
 
 

@@ -51,9 +51,10 @@ def over_rows(
         return made if out is None else out.copy_(made)
     result = target if out is None else out
     rows = max(1, PIECE // target[0, 0].numel())
-    for picture in zip(result, target, *others, strict=True):
+    for places, *pictures in zip(result, target, *others, strict=True):
         for first in range(0, target.shape[1], rows):
-            place, piece, *more = (x[first : first + rows] for x in picture)
+            place = places[first : first + rows]
+            piece, *more = (x[first : first + rows] for x in pictures)
             made = function(piece, *more)
             if out is not None or made is not piece:  # else it was written over
                 place.copy_(made)
@@ -64,8 +65,9 @@ def over_pixels(
     function: Callable[..., Tensor], target: Tensor, *others: Tensor, out: Tensor | None = None
 ) -> Tensor:
     """`over_rows` of grids (B,C,H,W) -> (B,C,H,W), whose channels `function` finds along the last axis."""
-    target, *others = (x.movedim(1, -1) for x in (target, *others))
-    return over_rows(function, target, *others, out=None if out is None else out.movedim(1, -1)).movedim(-1, 1)
+    pixels = (x.movedim(1, -1) for x in (target, *others))
+    place = None if out is None else out.movedim(1, -1)
+    return over_rows(function, *pixels, out=place).movedim(-1, 1)
 
 
 def needs_strips(x: Tensor, channels: int) -> bool:
@@ -89,7 +91,9 @@ def by_strips(
     height = x.shape[2]
     result = x if may_overwrite else torch.empty_like(x)
     for picture, out in zip(x.chunk(len(x)), result.chunk(len(x)), strict=True):
-        above = picture[:, :, :0]  # rows of x which the result has taken the place of, and the next strip must see
+        above = picture[
+            :, :, :0
+        ]  # rows of x which the result has taken the place of, and the next strip must see
         for first, end in strips(height, x.shape[3] * x.element_size() * channels):
             top, bottom = max(0, first - margin), min(end + margin, height)
             finished = out[:, :, first - above.shape[2] : first]

@@ -27,9 +27,7 @@ def phase_kernels(weight: Tensor) -> Tensor:
     return kernels.to(weight.dtype, memory_format=torch.channels_last)
 
 
-def upsample(
-    x: Tensor, convolve: Callable[[Tensor], Tensor], channels: int, repeats: int | None
-) -> Tensor:
+def upsample(x: Tensor, convolve: Callable[[Tensor], Tensor], channels: int, repeats: int | None) -> Tensor:
     """The small grid (B,I,H,W) -> (B,C,2H,2W), C = `channels`.
 
     `convolve` gives the phases of a grid, padded by a column of zeros at each side: (B,I,h,W) -> (B,4*C,h-1,W+1).

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -133,9 +134,7 @@ class SanaSprintPipeline(BasePipeline):
         generators, seeds = choose_generators(seed, generator, prompts.count * repeats)
         shape = self._latent_shape(prompts.count * repeats, size, latents)
         steer = _steering(prompts.count, repeats, size, times)
-        checks = finite_checks_later(callback_on_step_end is None)  # a callback is shown nothing unchecked
-        pixels_at_once = shape[0] * size.model_height * size.model_width
-        with checks, freed_memory_kept(self.device.type == "cpu" and pixels_at_once >= _MANY_PIXELS):
+        with self._computing(shape[0] * size.model_pixels, callback_on_step_end):
             text = self._encode(prompts, clean_caption, max_sequence_length, complex_human_instruction)
             noise = self._noise(latents, shape, generators)  # while a GPU is at the text
             conditioning = steer(Conditioning.of(transformer, text, repeats, guidance))
@@ -149,6 +148,16 @@ class SanaSprintPipeline(BasePipeline):
             images, size, seeds=seeds, times=tuple(times), guidance=guidance, **self._facts(conditioning)
         )
         return output if return_dict else (images,)
+
+    @contextmanager
+    def _computing(self, pixels: int, callback: StepCallback | None) -> Iterator[None]:
+        """What holds while so many pixels are drawn."""
+        on_cpu = self.device.type == "cpu"
+        with (
+            finite_checks_later(callback is None),  # a callback is shown nothing unchecked
+            freed_memory_kept(on_cpu and pixels >= _MANY_PIXELS),
+        ):
+            yield
 
     def _encode(
         self, prompts: Prompts, clean: bool, length: int, instruction: Sequence[str] | None

@@ -51,7 +51,7 @@ class QuantizedLayer(nn.Module):
         return layer.weight
 
     @staticmethod
-    def bias_of(layer: nn.Linear | nn.Conv2d) -> nn.Parameter | None:
+    def bias_of(layer: nn.Linear | nn.Conv2d) -> Tensor | None:
         """What is added to the products."""
         return layer.bias
 
@@ -130,7 +130,7 @@ class QuantizedPhases(QuantizedConv2d):
         return phase_kernels(layer.weight)
 
     @staticmethod
-    def bias_of(layer: nn.Linear | nn.Conv2d) -> nn.Parameter | None:
+    def bias_of(layer: nn.Linear | nn.Conv2d) -> Tensor | None:
         bias: Tensor | None = layer.bias
         return None if bias is None else nn.Parameter(bias.detach().repeat(4), bias.requires_grad)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sana_sprint.models.dc_blocks import UpBlock
 from sana_sprint.quantize.formats import PRESETS
@@ -97,22 +97,24 @@ def _replace(
         raise ValueError(f"{component} cannot be quantised; components that can: {', '.join(PARTS)}")
     multiple = 16 if preset == "fp8" else 8  # what the kernels can do, and what 4-bit codes need to be packed
     found = {
-        name: kind
+        name: (kind, layer)
         for name, layer in model.named_modules()
-        if (kind := _kind(model, name, layer, component, preset)) and _fits(layer, multiple)
+        if isinstance(layer, nn.Linear | nn.Conv2d)
+        and _fits(layer, multiple)
+        and (kind := _kind(model, name, layer, component, preset)) is not None
     }
     if not found:
         raise ValueError(
             f"{component} has no layers that {preset} fits: their sizes must be multiples of {multiple}"
         )
-    for name, kind in found.items():
+    for name, (kind, layer) in found.items():
         owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, make(kind, model.get_submodule(name)))
+        setattr(model.get_submodule(owner), leaf, make(kind, layer))
     model.quantization = preset  # type: ignore[assignment]  # a plain attribute, no module or tensor
 
 
 def _kind(
-    model: nn.Module, name: str, layer: nn.Module, component: str, preset: str
+    model: nn.Module, name: str, layer: nn.Linear | nn.Conv2d, component: str, preset: str
 ) -> type[QuantizedLayer] | None:
     """What takes the layer's place; None where it stays."""
     prefix, exceptions = PARTS[component]
@@ -120,7 +122,7 @@ def _kind(
         return None
     if isinstance(layer, nn.Linear):
         return QuantizedLinear
-    if not isinstance(layer, nn.Conv2d) or layer.groups > 1 or layer.dilation != (1, 1):
+    if layer.groups > 1 or layer.dilation != (1, 1):
         return None
     if component != "vae":
         return QuantizedLinear if layer.kernel_size == (1, 1) else None
@@ -130,8 +132,6 @@ def _kind(
     return QuantizedConv2d if layer.padding_mode == "zeros" else None
 
 
-def _fits(layer: nn.Module, multiple: int) -> bool:
+def _fits(layer: nn.Linear | nn.Conv2d, multiple: int) -> bool:
     """Whether a layer's outputs and the products of each are multiples of what kernels take."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return weight.shape[0] % multiple == 0 and weight[0].numel() % multiple == 0
+    return layer.weight.shape[0] % multiple == 0 and layer.weight[0].numel() % multiple == 0
