@@ -26,7 +26,7 @@ def resident():
         return int(file.read().split()[1]) * resource.getpagesize()
 faults(False)
 start = resident()
-print(faults(False), faults(True), resident() - start, faults(False))
+print(faults(False), faults(True), resident() - start)
 print(_glibc() is not None)
 """
 has_glibc = pytest.mark.skipif(allocator._glibc() is None, reason="needs glibc, with its own settings")
@@ -46,19 +46,18 @@ def measure(**environment: str) -> tuple[list[int], bool]:
 
 @has_glibc
 def test_freed_memory_is_used_again_and_given_back():
-    (usual, kept, grown, after), active = measure()
+    (usual, kept, grown), active = measure()
     pages = (64 << 20) // os.sysconf("SC_PAGESIZE")
     assert active
     assert usual > 23 * pages  # each of the 24 anew
     assert kept < 12 * pages  # the first few, until there is a hole that fits
     assert grown < 16 << 20  # and given back
-    assert after > 23 * pages
 
 
 @has_glibc
 @pytest.mark.parametrize("name", ["MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"])
 def test_an_allocator_that_was_set_up_is_left_alone(name):
-    (usual, kept, _, _), active = measure(**{name: str(1 << 20)})
+    (usual, kept, _), active = measure(**{name: str(1 << 20)})
     assert not active
     assert kept == pytest.approx(usual, rel=0.1)
 

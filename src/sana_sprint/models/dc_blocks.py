@@ -133,7 +133,7 @@ class ResBlock(Deriving):
         self.derived = Derived(transformed_kernels), Derived(transformed_kernels)
 
     def forward(self, x: Tensor, *, may_overwrite: bool = False) -> Tensor:
-        minimal = winograd.pays(self.conv1, x)
+        minimal = all(winograd.pays(conv, x) for conv in (self.conv1, self.conv2))
         if minimal or needs_strips(x, x.shape[1]):
             rows = partial(self._rows, minimal)
             return by_strips(rows, x, x.shape[1], margin=2, may_overwrite=may_overwrite)

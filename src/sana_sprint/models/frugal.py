@@ -91,9 +91,7 @@ def by_strips(
     height = x.shape[2]
     result = x if may_overwrite else torch.empty_like(x)
     for picture, out in zip(x.chunk(len(x)), result.chunk(len(x)), strict=True):
-        above = picture[
-            :, :, :0
-        ]  # rows of x which the result has taken the place of, and the next strip must see
+        above = picture[:, :, :0]  # rows of x which the result took the place of and the next strip must see
         for first, end in strips(height, x.shape[3] * x.element_size() * channels):
             top, bottom = max(0, first - margin), min(end + margin, height)
             finished = out[:, :, first - above.shape[2] : first]

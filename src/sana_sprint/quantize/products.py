@@ -63,7 +63,14 @@ def _int8_rows(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
 
 def _step(x: Tensor, largest: float) -> Tensor:
     """What each row is divided by, (M,1) fp32."""
-    return x.abs().amax(1, keepdim=True).float().clamp_min(_TINY) / largest
+    return _largest(x).clamp_min(_TINY) / largest
+
+
+def _largest(x: Tensor) -> Tensor:
+    """Of each row's absolute values, (M,1) fp32. By their bits, which are in the same order and take a fifth of the time."""
+    kind = _BITS[x.element_size()]
+    bits = x.view(kind).bitwise_and(torch.iinfo(kind).max)
+    return bits.amax(1, keepdim=True).view(x.dtype).float()
 
 
 def _has_kernels(x: Tensor) -> bool:
@@ -80,7 +87,7 @@ def _cpu_rows(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> 
     rounded = torch.empty(x.shape, dtype=torch.uint8)
     steps = torch.empty(len(x), 1, dtype=scale.dtype)
     for rows in _pieces(x):
-        steps[rows] = step = _held(_largest(x[rows]).clamp_min(_TINY) / INT8_MAX, scale.dtype)
+        steps[rows] = step = _held(_step(x[rows], INT8_MAX), scale.dtype)
         wide = x[rows].to(torch.float32, copy=True)
         rounded[rows] = wide.mul_(step.reciprocal()).add_(_TO_CODES).view(torch.int32)
     out: Tensor = _op("qlinear_pointwise")(
@@ -93,13 +100,6 @@ def _cpu_rows(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> 
         else:
             torch.addcmul(bias.detach(), out[rows], steps[rows], out=out[rows])
     return out
-
-
-def _largest(x: Tensor) -> Tensor:
-    """Of each row's absolute values, (M,1) fp32. By their bits, which are in the same order and take a fifth of the time."""
-    kind = _BITS[x.element_size()]
-    bits = x.view(kind).bitwise_and(torch.iinfo(kind).max)
-    return bits.amax(1, keepdim=True).view(x.dtype).float()
 
 
 def _held(step: Tensor, dtype: torch.dtype) -> Tensor:
