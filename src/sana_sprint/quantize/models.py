@@ -3,8 +3,8 @@
 What stays as it is: time and guidance embedding, patch embedding, caption projection, `proj_out` and norms of the
 transformer; Gemma's embedding table and norms; the first and last convolution of the decoder, its depthwise ones and the
 encoder. They are a small part of the work and a large part of the error; `benchmarks/quantized.py --sensitive` measures it.
-Where only weights are rounded the decoder's upsampling convolutions stay too: there are more numbers in their phases'
-kernels, see `QuantizedPhases`.
+Where only weights are rounded, the decoder's convolutions of repeated pixels stay too: there are more numbers in their
+phases' kernels, see `QuantizedPhases`.
 """
 
 from __future__ import annotations
