@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from sana_sprint.models.dc_blocks import UpBlock, channels_to_space, repeat_channels
 from sana_sprint.models.frugal import convolve_rows
 from sana_sprint.models.transformer import SanaTransformer2DModel
-from sana_sprint.models.upsampling import upsample
+from sana_sprint.models.upsampling import phase_convolution, upsample
 from sana_sprint.pipelines.text_to_image import SanaSprintPipeline
 from sana_sprint.quantize import PRESETS, parse_request
 from sana_sprint.quantize.formats import decode, encode
@@ -107,6 +107,7 @@ def test_strips_of_an_int8_convolution():
     strip = convolve_rows(quantized, x, 3, 7)
     assert strip.shape == (1, 24, 4, 12)
     assert relative(strip, layer(x)[:, :, 3:7]) < 0.02
+    assert torch.equal(quantized(x), quantized(x))  # with the codes that strips were given
 
 
 @needs_vnni
@@ -115,7 +116,7 @@ def test_rows_are_rounded_alike_in_any_number_of_pieces(monkeypatch):
     layer = QuantizedLinear.of(nn.Linear(64, 40), "int8")
     x = torch.randn(9, 64)
     whole = layer(x)
-    monkeypatch.setattr("sana_sprint.quantize.products.PIECE", 130)  # two rows
+    monkeypatch.setattr("sana_sprint.models.frugal.PIECE", 130)  # two rows
     assert torch.equal(layer(x), whole)
 
 
@@ -140,7 +141,7 @@ def test_int8_upsampling_is_that_of_the_rounded_numbers(shortcut):
     step = x.abs().amax((1, 2, 3), keepdim=True) / 127
     with torch.no_grad():
         plain = block(x)
-        block.conv = quantized = QuantizedPhases.of(block.conv, "int8")
+        block.conv = quantized = QuantizedPhases.of(phase_convolution(block.conv), "int8")
         convolve = partial(F.conv2d, weight=quantized.weight, bias=quantized.bias, padding=(0, 1))
         expected = upsample((x / step).round() * step, convolve, 8, None)
         if shortcut:

@@ -11,9 +11,8 @@ from functools import cache
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 _KEPT = 2**31 - 1  # bytes, the most that mallopt takes
-_USUAL = (
-    32 << 20
-)  # where glibc's own, moving threshold ends up in a process that frees larger blocks than that
+# Where glibc's own, moving threshold ends up in a process that frees larger blocks than that.
+_USUAL = 32 << 20
 _SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 
 _lock = threading.Lock()

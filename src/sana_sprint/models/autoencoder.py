@@ -23,10 +23,10 @@ from sana_sprint.models.dc_blocks import (
     DownBlock,
     EfficientViTBlock,
     ResBlock,
+    Stage,
     UpBlock,
     average_channels,
     repeat_channels,
-    run_stage,
 )
 from sana_sprint.models.frugal import needs_pieces, over_pixels
 from sana_sprint.models.tiling import Tiling, run_tiled
@@ -246,7 +246,7 @@ class Encoder(nn.Module):
             ]
             if count > 0 and i + 1 < len(channels):
                 blocks.append(DownBlock(channels[i], channels[i + 1], unshuffle=unshuffle, shortcut=True))
-            stages.append(nn.Sequential(*blocks))
+            stages.append(Stage(*blocks))
         self.down_blocks = nn.ModuleList(stages)
         self.conv_out = nn.Conv2d(channels[-1], config.latent_channels, 3, padding=1)
         self.latent_channels = config.latent_channels
@@ -255,7 +255,7 @@ class Encoder(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         x = self.conv_in(image.contiguous(memory_format=torch.channels_last))
         for stage in self.down_blocks:
-            x = run_stage(stage, x)
+            x = stage(x)
         latent: Tensor = self.conv_out(x)
         if self.out_shortcut:
             latent = latent + average_channels(x, self.latent_channels)
@@ -285,7 +285,7 @@ class Decoder(nn.Module):
                 _make_block(types[i], channels[i], config, scales, norms[i], activations[i])
                 for _ in range(count)
             ]
-            stages.append(nn.Sequential(*blocks))
+            stages.append(Stage(*blocks))
         self.up_blocks = nn.ModuleList(stages)  # stage 0 is the full picture, so it runs last
         width = channels[0] if layers[0] > 0 else channels[1]
         self.norm_out = ChannelRMSNorm(width)
@@ -302,7 +302,7 @@ class Decoder(nn.Module):
         if self.in_shortcut:
             x = x + repeat_channels(latent, self.in_repeats)
         for stage in reversed(self.up_blocks):
-            x = run_stage(stage, x)
+            x = stage(x)
         activated = self.norm_out.by_kernel(x, None, self.conv_act)
         if activated is not None:
             x = activated

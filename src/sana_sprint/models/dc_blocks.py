@@ -274,11 +274,13 @@ class GatedConv(Fusible):
         return add_normed(self.norm, self.conv_point(gated(hidden)), x, out)
 
 
-def run_stage(stage: nn.Module, x: Tensor) -> Tensor:
-    """A stage's blocks one after the other; x is given up."""
-    for block in stage.children():
-        x = block(x, may_overwrite=True) if isinstance(block, ResBlock) else block(x)
-    return x
+class Stage(nn.Sequential):
+    """Blocks one after the other; the input is given up."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self:
+            x = block(x, may_overwrite=True) if isinstance(block, ResBlock) else block(x)
+        return x
 
 
 class DownBlock(nn.Module):

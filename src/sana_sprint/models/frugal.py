@@ -38,6 +38,12 @@ def needs_pieces(x: Tensor) -> bool:
     return is_frugal(x) and x.numel() > PIECE
 
 
+def pieces(x: Tensor) -> Iterator[slice]:
+    """Rows of x (N,...) that are in work at once."""
+    rows = max(1, PIECE // x.shape[1:].numel())
+    return (slice(first, first + rows) for first in range(0, len(x), rows))
+
+
 def over_rows(
     function: Callable[..., Tensor], target: Tensor, *others: Tensor, out: Tensor | None = None
 ) -> Tensor:
@@ -50,14 +56,12 @@ def over_rows(
         made = function(target, *others)
         return made if out is None else out.copy_(made)
     result = target if out is None else out
-    rows = max(1, PIECE // target[0, 0].numel())
     for places, *pictures in zip(result, target, *others, strict=True):
-        for first in range(0, target.shape[1], rows):
-            place = places[first : first + rows]
-            piece, *more = (x[first : first + rows] for x in pictures)
+        for rows in pieces(places):
+            piece, *more = (x[rows] for x in pictures)
             made = function(piece, *more)
             if out is not None or made is not piece:  # else it was written over
-                place.copy_(made)
+                places[rows] = made
     return result
 
 

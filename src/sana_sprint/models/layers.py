@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sana_sprint.models.frugal import PIECE, is_frugal, needs_pieces, over_pixels, over_rows
+from sana_sprint.models.frugal import is_frugal, needs_pieces, over_pixels, over_rows, pieces
 
 SINUSOID_CHANNELS = 256
 QK_NORM_EPS = 1e-5
@@ -246,17 +246,15 @@ def attend_in_pieces(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
     """
     wide = wide_dtype(v)
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    tokens, heads, width = v.shape[1:]
-    rows = max(1, PIECE // (heads * width))
-    pieces = [slice(first, first + rows) for first in range(0, tokens, rows)]
+    heads, width = v.shape[2:]
     for queries, keys, values, result in zip(q, k, v, out, strict=True):
         total = torch.zeros(heads, width, dtype=wide, device=v.device)
         sums = torch.zeros(heads, width, width, dtype=wide, device=v.device)
-        for piece in pieces:
+        for piece in pieces(keys):
             weights = keys[piece].to(wide, copy=True).relu_()  # (n,K,E)
             total += weights.sum(0)
             sums.baddbmm_(weights.permute(1, 2, 0), values[piece].to(wide).transpose(0, 1))
-        for piece in pieces:
+        for piece in pieces(queries):
             weights = queries[piece].to(wide, copy=True).relu_()
             denominator = torch.linalg.vecdot(weights, total).add_(eps).unsqueeze(-1)  # (n,K,1)
             numerator = torch.bmm(weights.transpose(0, 1), sums).transpose(0, 1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sana_sprint.models.frugal import is_frugal, strips, window_rows
 from sana_sprint.models.layers import wide_dtype
@@ -25,6 +25,18 @@ def phase_kernels(weight: Tensor) -> Tensor:
     shares = torch.tensor(_SHARES, dtype=wide.dtype, device=wide.device)
     kernels = torch.einsum("apr,bqs,cirs->abcipq", shares, shares, wide).flatten(0, 2)
     return kernels.to(weight.dtype, memory_format=torch.channels_last)
+
+
+def phase_convolution(conv: nn.Conv2d) -> nn.Conv2d:
+    """What gives the phases of a grid, see `upsample`, for the 3x3 convolution of its repeated pixels."""
+    weight, bias = phase_kernels(conv.weight.detach()), conv.bias
+    phases = nn.Conv2d(
+        conv.in_channels, len(weight), 2, padding=(0, 1), bias=bias is not None, device="meta"
+    ).train(conv.training)
+    phases.weight = nn.Parameter(weight, conv.weight.requires_grad)
+    if bias is not None:
+        phases.bias = nn.Parameter(bias.detach().repeat(4), bias.requires_grad)
+    return phases
 
 
 def upsample(x: Tensor, convolve: Callable[[Tensor], Tensor], channels: int, repeats: int | None) -> Tensor:

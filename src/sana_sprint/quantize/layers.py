@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sana_sprint.models.upsampling import phase_kernels
 from sana_sprint.quantize.formats import PRESETS, decode, encode, storage
 from sana_sprint.quantize.products import fp8_rows, int8_convolution, int8_rows, pack, pack_convolution
 
@@ -26,34 +25,23 @@ class QuantizedLayer(nn.Module):
     def __init__(self, layer: nn.Linear | nn.Conv2d, preset: str) -> None:
         """Unset codes for a layer like this one; see `of`."""
         super().__init__()
-        weight = self.weight_of(layer)
+        weight = layer.weight
         self.preset = preset
         self.shape = tuple(weight.shape)
         codes, kind, scale = storage(preset, weight.shape[0], weight[0].numel())
         self.register_buffer("codes", torch.empty(codes, dtype=kind))
         self.register_buffer("scale", torch.empty(scale, dtype=weight.dtype))
-        self.bias = self.bias_of(layer)
+        self.bias = layer.bias
         self._packed: tuple[int, Tensor] | None = None
 
     @classmethod
     def of(cls, layer: nn.Linear | nn.Conv2d, preset: str) -> Self:
         """The layer, quantised."""
         quantized = cls(layer, preset)
-        weight = cls.weight_of(layer).detach()
-        codes, scale = encode(weight.flatten(1), preset)
+        codes, scale = encode(layer.weight.detach().flatten(1), preset)
         quantized.codes = codes
-        quantized.scale = scale.to(weight.dtype)
+        quantized.scale = scale.to(layer.weight.dtype)
         return quantized.train(layer.training)
-
-    @staticmethod
-    def weight_of(layer: nn.Linear | nn.Conv2d) -> Tensor:
-        """What is quantised of a layer."""
-        return layer.weight
-
-    @staticmethod
-    def bias_of(layer: nn.Linear | nn.Conv2d) -> Tensor | None:
-        """What is added to the products."""
-        return layer.bias
 
     @property
     def weight(self) -> Tensor:
@@ -117,23 +105,10 @@ class QuantizedConv2d(QuantizedLayer):
 
 
 class QuantizedPhases(QuantizedConv2d):
-    """In place of the convolution of `UpBlock`, and of the repeated pixels before it: the kernels of its four phases.
+    """In place of the convolution of `UpBlock` and of the repeated pixels before it: of `upsampling.phase_convolution`.
 
-    Those of the phases rather than the one they are sums of: rounded once, and without its weight `UpBlock` would
+    The kernels of the phases rather than the one they are sums of: rounded once, and without its weight `UpBlock` would
     convolve the large grid, in 9/4 of the operations.
     """
 
     gives_phases = True
-
-    @staticmethod
-    def weight_of(layer: nn.Linear | nn.Conv2d) -> Tensor:
-        return phase_kernels(layer.weight)
-
-    @staticmethod
-    def bias_of(layer: nn.Linear | nn.Conv2d) -> Tensor | None:
-        bias: Tensor | None = layer.bias
-        return None if bias is None else nn.Parameter(bias.detach().repeat(4), bias.requires_grad)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B,I,h,W) -> (B,4*C,h-1,W+1), see `models.upsampling`."""
-        return self.convolve(x, (0, 1))

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from sana_sprint.models.dc_blocks import UpBlock
+from sana_sprint.models.upsampling import phase_convolution
 from sana_sprint.quantize.formats import PRESETS
 from sana_sprint.quantize.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear, QuantizedPhases
 
@@ -108,6 +109,9 @@ def _replace(
             f"{component} has no layers that {preset} fits: their sizes must be multiples of {multiple}"
         )
     for name, (kind, layer) in found.items():
+        if kind is QuantizedPhases:
+            assert isinstance(layer, nn.Conv2d)
+            layer = phase_convolution(layer)
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, make(kind, layer))
     model.quantization = preset  # type: ignore[assignment]  # a plain attribute, no module or tensor

@@ -6,7 +6,7 @@ depend on its neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sana_sprint.models.frugal import PIECE
+from sana_sprint.models.frugal import pieces
 from sana_sprint.quantize.formats import FP8, FP8_MAX, INT8_MAX
 
-ZERO = (
-    128  # the code of 0: the CPU's 8-bit units take unsigned activations only, others run in a slow reference
-)
+# The code of 0: the CPU's 8-bit units take unsigned activations only, others run in a slow reference.
+ZERO = 128
 # Added to a number in fp32, whose last bit then stands for 1, it rounds it, and leaves its code as the lowest byte. Torch
 # has no vector instructions for fp32 to unsigned bytes.
 _TO_CODES = float(2**23 + ZERO)
@@ -86,7 +85,7 @@ def _cpu_rows(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> 
     """Rounded, and scaled back, in pieces that stay in a core's cache: see `models.frugal`."""
     rounded = torch.empty(x.shape, dtype=torch.uint8)
     steps = torch.empty(len(x), 1, dtype=scale.dtype)
-    for rows in _pieces(x):
+    for rows in pieces(x):
         steps[rows] = step = _held(_step(x[rows], INT8_MAX), scale.dtype)
         wide = x[rows].to(torch.float32, copy=True)
         rounded[rows] = wide.mul_(step.reciprocal()).add_(_TO_CODES).view(torch.int32)
@@ -94,7 +93,7 @@ def _cpu_rows(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> 
         rounded, 1.0, ZERO, packed, scale.float(), _zeros(scale), None,
         1.0, 0, scale.dtype, "none", [], "",
     )  # fmt: skip  # the kernel's thirteen positions: input, weight, bias, output, fused operation
-    for rows in _pieces(out):
+    for rows in pieces(out):
         if bias is None:
             out[rows].mul_(steps[rows])
         else:
@@ -107,12 +106,6 @@ def _held(step: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype != torch.bfloat16:
         return step
     return step.view(torch.int32).add(0xFFFF).bitwise_and_(-0x10000).view(torch.float32)
-
-
-def _pieces(x: Tensor) -> Iterator[slice]:
-    """Rows of x (M,...) that are in work at once."""
-    rows = max(1, PIECE // x.shape[1:].numel())
-    return (slice(first, first + rows) for first in range(0, len(x), rows))
 
 
 def fp8_rows(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
@@ -174,7 +167,7 @@ def _rounded_picture(picture: Tensor, padding: Sequence[int]) -> tuple[Tensor, f
     smallest, largest = torch.aminmax(pixels)
     step = max(float(largest), -float(smallest), _TINY) / INT8_MAX
     to_codes = torch.full((1, 1, 1), _TO_CODES)
-    for rows in _pieces(pixels):
+    for rows in pieces(pixels):
         inside[rows] = torch.add(to_codes, pixels[rows], alpha=1 / step).view(torch.int32)
     return rounded, step
 
