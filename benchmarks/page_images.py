@@ -18,7 +18,7 @@ from PIL import Image
 
 from sana_sprint import SanaSprintControlNetPipeline, SanaSprintPipeline
 from sana_sprint.serve.engine import Engine, Pipelines
-from tests._page import PageUser, browser, page_server
+from tests.helpers.page import PageUser, browser, page_server
 
 ROOT = Path(__file__).resolve().parents[1]
 WEB = ROOT / "src" / "sana_sprint" / "serve" / "web"

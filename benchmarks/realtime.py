@@ -25,7 +25,7 @@ from sana_sprint.cli.loading import ModelOptions
 from sana_sprint.cli.options import Dtype
 from sana_sprint.cli.serve import load_pipelines
 from sana_sprint.serve.engine import Engine
-from tests._page import PageUser, browser, page_server
+from tests.helpers.page import PageUser, browser, page_server
 
 WORDS = ("cat", "dog", "pizza", "rocket", "banana", "zebra", "donut", "horse")
 SETTLE_S = 600.0  # a model of 1.6B on a CPU is slow
