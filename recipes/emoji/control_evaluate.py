@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from recipes.emoji.find import Found, find
+from recipes.emoji.matcher import Found, find
 from recipes.emoji.scenes import Scene, render
 from recipes.emoji.sketches import drawing, free_scene
 from sana_sprint import SanaSprintControlNetPipeline

@@ -1,7 +1,7 @@
 """The compositional judge of the emoji world: whether a picture is what its caption says, GenEval's way.
 
 A picture is correct if it has exactly the caption's objects, whole, in the caption's relation, on the caption's
-background, and nothing else. How far the judge itself can be trusted: `python -m recipes.emoji.judge`.
+background, and nothing else. Its own error rates: `python -m recipes.emoji.check_judge`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import numpy as np
 from PIL import Image
 
 from recipes.emoji import vocabulary as words
-from recipes.emoji.find import Finding, Found, find
+from recipes.emoji.matcher import Finding, Found, find
 from recipes.emoji.scenes import SIZE, TASKS, Scene, sample_scene
 
-# The thresholds lie between the weakest real picture at 28 dB and the strongest damaged one, see `selfcheck`.
+# The thresholds lie between the weakest real picture at 28 dB and the strongest damaged one, see `check_judge`.
 MIN_SCORE = 0.7  # of an object that is whole
 MAX_LEFTOVER = 20.0  # levels, where there is no object
 MAX_BACKGROUND_ERROR = 45.0  # levels, as an RGB distance; the nearest two backgrounds are 92 apart
@@ -137,9 +137,3 @@ def _wrong_background(background: str | None, scene: Scene) -> str:
     if not scene.names_background or background == scene.background:
         return ""
     return f"the background is {background or 'of no known colour'}, not {scene.background}"
-
-
-if __name__ == "__main__":
-    from recipes.emoji import selfcheck
-
-    selfcheck.main()

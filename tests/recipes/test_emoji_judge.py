@@ -1,6 +1,6 @@
 """The emoji judge may score models only if it is right about pictures whose truth is known.
 
-The whole measurement (`python -m recipes.emoji.judge`) takes minutes and runs under `-m slow`; the others are parts.
+The whole measurement (`python -m recipes.emoji.check_judge`) takes minutes and runs under `-m slow`; the others are parts.
 """
 
 import math
@@ -14,10 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from recipes.emoji import selfcheck
+from recipes.emoji import check_judge
 from recipes.emoji import vocabulary as words
-from recipes.emoji.find import Finding, Found, find
 from recipes.emoji.judge import Verdict, decide, evaluation_scenes, judge, judge_many, summarize
+from recipes.emoji.matcher import Finding, Found, find
 from recipes.emoji.scenes import TASKS, Placed, Scene, is_held_out, render
 
 CAT_LEFT_OF_DOG = Scene(
@@ -134,18 +134,18 @@ def test_other_pictures_are_refused(picture) -> None:
 def test_degraded_pictures_are_at_28_db() -> None:
     picture = np.full((128, 128, 3), 128, np.uint8)
     picture[40:90, 30:80] = (200, 60, 40)
-    error = np.square(selfcheck.degrade(picture, 0).astype(float) - picture).mean()
+    error = np.square(check_judge.degrade(picture, 0).astype(float) - picture).mean()
     # Nothing here is clipped; rounding to whole levels adds 1/12 to an error of 103.
     assert 10 * math.log10(255**2 / error) == pytest.approx(28, abs=0.02)
 
 
 def test_truth_of_captions_about_other_scenes() -> None:
     swapped = replace(CAT_LEFT_OF_DOG, objects=(Placed("dog", 32, 64, 54), Placed("cat", 96, 64, 54)))
-    assert selfcheck.is_true(CAT_LEFT_OF_DOG, CAT_LEFT_OF_DOG)
-    assert not selfcheck.is_true(CAT_LEFT_OF_DOG, swapped)
-    assert not selfcheck.is_true(CAT_LEFT_OF_DOG, replace(CAT_LEFT_OF_DOG, background="red"))
-    assert selfcheck.is_true(replace(CAT_LEFT_OF_DOG, relation=None), swapped)
-    assert selfcheck.is_true(
+    assert check_judge.is_true(CAT_LEFT_OF_DOG, CAT_LEFT_OF_DOG)
+    assert not check_judge.is_true(CAT_LEFT_OF_DOG, swapped)
+    assert not check_judge.is_true(CAT_LEFT_OF_DOG, replace(CAT_LEFT_OF_DOG, background="red"))
+    assert check_judge.is_true(replace(CAT_LEFT_OF_DOG, relation=None), swapped)
+    assert check_judge.is_true(
         replace(CAT_LEFT_OF_DOG, names_background=False), replace(CAT_LEFT_OF_DOG, background="red")
     )
 
@@ -164,12 +164,12 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def scenes() -> list[Scene]:
-    return selfcheck.both_splits(36)
+    return check_judge.both_splits(36)
 
 
 @pytest.fixture(scope="module")
 def findings(emoji_font, scenes: list[Scene]) -> list[Finding]:
-    return [find(selfcheck.picture(scene)) for scene in scenes]
+    return [find(check_judge.picture(scene)) for scene in scenes]
 
 
 def refused(verdicts: Iterable[Verdict]) -> list[str]:
@@ -198,7 +198,7 @@ def test_other_captions_are_rejected(scenes: list[Scene], findings: list[Finding
         decide(finding, caption).correct
         for caption in scenes
         for shown, finding in zip(scenes, findings, strict=True)
-        if not selfcheck.is_true(caption, shown)
+        if not check_judge.is_true(caption, shown)
     ]
     assert len(verdicts) > 1000
     assert not any(verdicts)
@@ -207,14 +207,14 @@ def test_other_captions_are_rejected(scenes: list[Scene], findings: list[Finding
 def test_pictures_as_from_a_small_model_are_accepted(emoji_font, scenes: list[Scene]) -> None:
     rng = random.Random(0)
     for seed, scene in enumerate(scenes[9:27]):
-        picture = selfcheck.degrade(selfcheck.picture(selfcheck.displace(scene, rng)), seed)
+        picture = check_judge.degrade(check_judge.picture(check_judge.displace(scene, rng)), seed)
         assert judge(picture, scene).reason == ""
 
 
 def test_near_misses_are_rejected(emoji_font, scenes: list[Scene]) -> None:
     names = set()
     for seed, scene in enumerate(scenes[::5]):
-        for name, miss in selfcheck.near_misses(scene, random.Random(seed)).items():
+        for name, miss in check_judge.near_misses(scene, random.Random(seed)).items():
             names.add(name)
             assert not judge(render(miss), scene).correct, (name, scene, miss)
     assert names == {
@@ -224,7 +224,7 @@ def test_near_misses_are_rejected(emoji_font, scenes: list[Scene]) -> None:
 
 def test_damaged_pictures_are_rejected(emoji_font, scenes: list[Scene]) -> None:
     for seed, scene in enumerate(scenes[::5]):
-        for name, picture in selfcheck.damaged(scene, random.Random(seed)).items():
+        for name, picture in check_judge.damaged(scene, random.Random(seed)).items():
             assert not judge(picture, scene).correct, (name, scene)
 
 
@@ -239,9 +239,9 @@ def test_judging_many_is_judging_each(emoji_font, scenes: list[Scene]) -> None:
 
 @pytest.mark.slow
 def test_the_whole_measurement(emoji_font) -> None:
-    scenes = selfcheck.both_splits(360)
+    scenes = check_judge.both_splits(360)
     rates: dict[str, list[bool]] = {}
-    for (name, _), correct in selfcheck.measure(scenes).items():
+    for (name, _), correct in check_judge.measure(scenes).items():
         rates.setdefault(name, []).extend(correct)
     part = {name: sum(correct) / len(correct) for name, correct in rates.items()}
     assert part.pop("real") >= 0.98

@@ -13,7 +13,7 @@ from PIL import Image
 from recipes.emoji import sketches
 from recipes.emoji import vocabulary as words
 from recipes.emoji.control_evaluate import NEAR, scored, sketch, verdict
-from recipes.emoji.find import Found
+from recipes.emoji.matcher import Found
 from recipes.emoji.scenes import NUM_CAPTIONS, SIZE, Placed, Scene, artwork, is_held_out, render, sample_scene
 from recipes.emoji.sketches import MARGIN, condition, drawing, free_scene, training_scene
 from sana_sprint import conditions

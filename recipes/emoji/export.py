@@ -1,4 +1,4 @@
-"""Puts a pipeline folder, with its controlnet, into the package as the embedded model: `python -m recipes.emoji.ship FOLDER`."""
+"""Puts a pipeline folder, with its controlnet, into the package as the embedded model: `python -m recipes.emoji.export FOLDER`."""
 
 from __future__ import annotations
 

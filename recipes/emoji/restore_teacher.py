@@ -1,8 +1,8 @@
-"""Makes the start of a teacher out of a student: `python -m recipes.emoji.unguide`.
+"""Turns a student back into a model that a teacher's run can start from: `python -m recipes.emoji.restore_teacher`.
 
-A student is its teacher with a guidance embedding, trained on. At one guidance scale that embedding is a constant, which the time
-embedding's bias takes up; what is left has a teacher's form, and some hundred steps of flow matching make it one again
-(`refine.toml` with `start=...`). So whoever has the embedded model need not train the first stages.
+A student has its teacher's architecture plus a guidance embedding. At one guidance scale that embedding is a constant, which is
+added to the time embedding's bias; the result has the form of a teacher, and a few hundred steps of flow matching make it one
+again (`refine.toml` with `start=...`). The first stages need not be trained if the embedded model is at hand.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from recipes.emoji.ship import EMBEDDED
+from recipes.emoji.export import EMBEDDED
 from sana_sprint.models.layers import ScalarEmbedder
 from sana_sprint.models.transformer import SanaTransformer2DModel
 from sana_sprint.weights import load_model, save_model
@@ -24,7 +24,7 @@ def main() -> None:
     """Writes a folder that a teacher's run can start from."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--student", type=Path, default=EMBEDDED, help="a pipeline folder")
-    parser.add_argument("--output", type=Path, default=Path("runs/emoji/unguided"))
+    parser.add_argument("--output", type=Path, default=Path("runs/emoji/restored"))
     parser.add_argument(
         "--guidance", type=float, default=2.0, help="the smallest it knows: most like a teacher's"
     )

@@ -1,4 +1,4 @@
-"""How far the judge can be trusted: its verdicts on pictures of which the truth is known.
+"""Measures the judge's error rates on pictures whose content is known: `python -m recipes.emoji.check_judge`.
 
 `accepted` measures are on right pictures: real ones, and ones made as blurred, noisy and displaced as a small model's.
 `rejected` measures are on wrong ones: other captions, near misses that differ in one respect, and damaged pictures.
@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from recipes.emoji import vocabulary as words
-from recipes.emoji.find import find
 from recipes.emoji.judge import decide, evaluation_scenes, judge
+from recipes.emoji.matcher import find
 from recipes.emoji.scenes import SIZE, TASKS, Placed, Scene, render, sample_scene
 
 # Where the objects of a near miss with one object more stand.
@@ -215,3 +215,7 @@ def main() -> None:
         pooled = [correct for row in rows for correct in row]
         cells = [f"{100 * sum(row) / len(row):12.2f}" if row else " " * 12 for row in (*rows, pooled)]
         print(name.ljust(28), *cells, f"{len(pooled):12}")
+
+
+if __name__ == "__main__":
+    main()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from recipes.emoji.ship import EMBEDDED
-from recipes.emoji.unguide import without_guidance
+from recipes.emoji.export import EMBEDDED
+from recipes.emoji.restore_teacher import without_guidance
 from sana_sprint.models.transformer import SanaTransformer2DModel
 from sana_sprint.train.student import with_guidance
 from sana_sprint.weights import load_model
