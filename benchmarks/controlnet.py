@@ -1,10 +1,10 @@
-"""What following a picture adds to a step: `python benchmarks/controlnet.py`.
+"""Measures the time that a control branch adds to a step: `python benchmarks/controlnet.py`.
 
-Times the transformer's step without and with a control branch in turn, over and over, on random bf16 weights of the
-published 1.6B size with 7 copies of its 20 blocks, at the tokens of a 1024 px picture, and beside them what is done once
-per picture. The added time should stay below 0.6 of the base's step; by blocks it would be 7/20.
+Alternates the transformer's step without and with a control branch on random bf16 weights of the published 1.6B size, with 7
+copies of its 20 blocks, at the token count of a 1024 px picture; the work done once per picture is timed too. The added
+time should stay below 0.6 of the base step; counted in blocks it would be 7/20.
 
-`--size embedded` is a model small enough to see in seconds that this works. `--device cuda` waits for the device.
+`--size embedded` is a small model for a quick check. With `--device cuda` the clock waits for the device.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     with device:
         transformer = SanaTransformer2DModel(TransformerConfig(**fields)).bfloat16().eval()
         branch = SanaControlNetModel.from_transformer(transformer, copies, arguments.topology)
-        # Zero projections would do, but nobody's are.
+        # A trained branch has no zero projections.
         for layer in (branch.input_block, *branch.controlnet_blocks):
             torch.nn.init.normal_(layer.weight, std=0.01)
         latent = torch.randn(1, transformer.config.in_channels, side, side)
@@ -88,7 +88,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     }
     times: dict[str, list[float]] = {name: [] for name in actions}
     for _ in range(arguments.rounds + 1):
-        for name, action in actions.items():  # in turn, so that a busy moment hits all alike
+        for name, action in actions.items():  # alternating, so that a busy moment affects all alike
             times[name].append(seconds(action, device))
     return {name: statistics.median(found[1:]) for name, found in times.items()}  # the first is a warm-up
 
@@ -102,14 +102,14 @@ def run_step(
     guidance: Tensor,
     context: ControlContext | None,
 ) -> Tensor:
-    """One network evaluation, following `context` unless that is None."""
+    """Runs one network evaluation, with control unless `context` is None."""
     control = None if context is None else branch.steer(latent, flow_t, context, guidance)
     velocity: Tensor = transformer(latent, flow_t, captions, guidance, control)
     return velocity
 
 
 def seconds(action: Callable[[], object], device: torch.device) -> float:
-    """Wall time, which waits for the device."""
+    """Measures wall time, waiting for the device."""
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     synchronize()
     start = time.perf_counter()

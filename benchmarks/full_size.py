@@ -1,11 +1,10 @@
-"""One 1024 px picture at the published 1.6B size, ours beside diffusers: `python benchmarks/full_size.py FOLDER`.
+"""Times one 1024 px picture at the published 1.6B size, ours beside diffusers: `python benchmarks/full_size.py FOLDER`.
 
 Writes a pipeline folder of the published shapes (Sprint transformer 1.6B, Gemma 2 2B, DC-AE f32c32) with random bf16
 weights, 9 GB, unless FOLDER already has it. Then each side runs in processes of its own, alternating: it loads the
 folder, makes a latent and decodes it, and reports the time of each stage and its peak memory. The latents must agree.
 
-The tokenizer is a stand-in (the real one cannot be made from nothing): prompts have about as many tokens as with
-Gemma's, not the same ones.
+The tokenizer is a stand-in: prompts have about as many tokens as with Gemma's, but not the same ones.
 """
 
 from __future__ import annotations
@@ -165,13 +164,13 @@ def run_side(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 class Stopwatch:
-    """Adds up the seconds spent inside wrapped functions."""
+    """Sums the seconds spent inside wrapped functions."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, timed under the name."""
+        """Wraps the function so that its time is counted under the name."""
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()

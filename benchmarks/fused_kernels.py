@@ -1,8 +1,8 @@
-"""Fused kernels beside the plain layers and torch.compile of these: `python benchmarks/fused_kernels.py` on a CUDA GPU.
+"""Times fused kernels beside the plain layers, eager and under torch.compile: `python benchmarks/fused_kernels.py` on a CUDA GPU.
 
 Shapes are those of a block of the published 1.6B transformer at 1024 px: 1024 tokens of 2240 channels, 70 heads, a gated
-depthwise convolution of 11200 channels. Each operation runs over enough sets of inputs to leave the L2 cache, all in one
-CUDA graph, so that launches cost nothing on either side; the sides take turns. GB/s counts every tensor that an ideal
+depthwise convolution of 11200 channels. Each operation runs over enough sets of inputs to exceed the L2 cache, all in one
+CUDA graph, so that launches cost nothing on either side; the sides alternate. GB/s counts every tensor that an ideal
 kernel reads and writes, once; its share is of what a large copy moves on this device. `error` is the distance from fp64.
 
 `--sweep` also times other block sizes of the kernels that have any. `--cpu-check` runs each operation once at a tiny size
@@ -124,7 +124,7 @@ def operations(shape: Shape, device: torch.device, dtype: torch.dtype = torch.bf
 
     q_norm, k_norm = (RMSNorm(shape.width, QK_NORM_EPS).to(device, dtype) for _ in range(2))
     feed_forward = GatedConvFeedForward(shape.width, shape.hidden / shape.width)
-    feed_forward.conv_inverted = feed_forward.conv_point = nn.Identity()  # what is between the products
+    feed_forward.conv_inverted = feed_forward.conv_point = nn.Identity()  # between the matrix products
     feed_forward = feed_forward.to(device, dtype).requires_grad_(False)
     exact_q, exact_k, exact_forward = (_double(module) for module in (q_norm, k_norm, feed_forward))
     conv = feed_forward.conv_depth
@@ -223,7 +223,7 @@ def errors(operation: Operation) -> dict[str, float]:
 def measure(
     operation: Operation, batch: int, copy_gb_s: float, arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    """Microseconds of each side, and what the kernel moves."""
+    """Measures microseconds of each side and the kernel's memory traffic."""
     cache = torch.cuda.get_device_properties("cuda").L2_cache_size
     first = operation.inputs()
     sets = max(2, 3 * cache // sum(x.numel() * x.element_size() for x in first) + 1)
@@ -250,7 +250,7 @@ def measure(
 
 
 def sweep(operation: Operation, inputs: list[Inputs], rounds: int) -> list[dict[str, Any]]:
-    """The kernel's settings and microseconds, fastest first."""
+    """Times the kernel with each of its settings, fastest first; microseconds."""
     rows = []
     for settings in operation.sweep:
         graph = record(partial(operation.kernel, **settings), inputs)

@@ -1,4 +1,4 @@
-"""One student update of the hybrid distillation, ours beside the public research script's.
+"""Times one student update of the hybrid distillation, ours beside the public research script's.
 
     python benchmarks/generator_step.py --script train_sana_sprint_diffusers.py
 
@@ -80,7 +80,7 @@ def main() -> None:
     report(times, memory, arguments)
 
 
-# --- What both sides are given ---------------------------------------------------------------------------------------
+# --- Inputs of both sides ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class Ours:
             captioned = self.stage.teacher.encode_caption(text, mask)
         return Batch(
             u0=task.u0,
-            captions=[""] * count,  # nobody reads them: they are encoded
+            captions=[""] * count,  # unused, since captions are already encoded
             instruction=False,
             embeddings=embeddings,
             guidance=draw_guidance(count),
@@ -196,7 +196,7 @@ class Ours:
 
 def load_script(path: Path) -> Any:
     """The script as a module. Two packages that only its data loading needs are stood in for where they are missing."""
-    # Before the stand-ins, which would tell these libraries that torchvision is there.
+    # Before the stand-ins, with which these libraries would take torchvision for installed.
     from diffusers import SanaPipeline, SanaSprintPipeline  # noqa: F401
     from transformers import AutoTokenizer, Gemma2Model  # noqa: F401
 
@@ -346,7 +346,7 @@ def make_side(side: str, task: Task, arguments: argparse.Namespace, precision: s
 
 
 def check_agreement(arguments: argparse.Namespace) -> None:
-    """Stops unless both sides compute the same thing: 1e-3 is fp32 rounding through the whole network, and to spare."""
+    """Exits unless both sides compute the same values; 1e-3 leaves room for fp32 rounding through the whole network."""
     task = make_task(arguments)
     torch.manual_seed(0)
     t, u = draw_times(len(task.u0)), torch.randn_like(task.u0)
@@ -388,7 +388,7 @@ def peak_memory(arguments: argparse.Namespace) -> float:
 
 
 def greatest_resident_size() -> float:
-    """MiB. Not getrusage, whose number a process starts with is its parent's."""
+    """Returns the peak resident size in MiB. getrusage is no use: a child starts with its parent's value."""
     status = Path("/proc/self/status").read_text()
     return float(status.partition("VmHWM:")[2].split()[0]) / 1024
 

@@ -1,8 +1,8 @@
-"""Everything measured on a CUDA GPU, in one call: `python benchmarks/gpu.py --out results`.
+"""Runs every measurement on a CUDA GPU in one call: `python benchmarks/gpu.py --out results`.
 
 Models of the published 1.6B sizes with random bf16 weights are made in memory; diffusers' modules hold the same tensors.
 Sections, each written to `results/gpu.json` and `results/gpu.md` as soon as it is done, and skipped once `--minutes` are
-over; one that fails says so and the next begins:
+over; a failed section is reported and the next one starts:
 
     parity     velocities, pictures and whole pipelines, ours beside diffusers
     latency    text to pixels at batch 1 in 1, 2 and 4 steps: ours plain, with kernels, with graphs, with both; diffusers
@@ -72,7 +72,7 @@ def main() -> None:
         begun = time.monotonic()
         try:
             found[name] = SECTIONS[name](world)
-        except Exception as error:  # a section that fails must not cost the others their turn
+        except Exception as error:  # a failed section must not prevent the others
             traceback.print_exc()
             found[name] = {"failed": repr(error)[:500]}
         found["seconds"][name] = round(time.monotonic() - begun, 1)
@@ -187,7 +187,7 @@ def control(world: World) -> dict[str, Any]:
 
 @torch.no_grad()
 def quantized(world: World) -> dict[str, Any]:
-    """A step of the transformer in each preset, by graphs on a GPU: what is left is what the device does."""
+    """Times a transformer step in each preset, by CUDA graphs on a GPU, so that only the device's work is counted."""
     plain = world.ours.transformer
     side = world.size // 32
     embeds, mask = world.ours.encode_prompt(PROMPT)
@@ -279,14 +279,14 @@ def training(world: World) -> dict[str, Any]:
         model.set_fused_attention(device.type != "cpu")  # as the stage does
     side.task = replace(task, **{name: getattr(task, name).to(device) for name in ("u0", "text", "mask")})
     side.autocast = torch.autocast(device.type, torch.bfloat16)
-    with device:  # what the side draws, it draws here
+    with device:  # random numbers come from the same device
         times = clock({"update": side.step}, max(2, world.rounds // 3))["update"]
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
     return {"batch": len(task.u0), **summary(times), "peak_gib": peak}
 
 
 def compiled(world: World) -> dict[str, Any]:
-    """diffusers compiled beside ours with kernels and graphs. What compiles for minutes is the first call."""
+    """Times compiled diffusers beside ours with kernels and graphs. The first call compiles for minutes."""
     if not world.has_kernels:
         return {"skipped": "needs CUDA"}
     begun = time.monotonic()
@@ -335,7 +335,7 @@ def facts(device: torch.device) -> dict[str, Any]:
 
 
 def matmul_rate(side: int = 8192) -> float:
-    """TFLOP/s of a large bf16 matrix product on random data: what a roofline may be measured against."""
+    """Measures TFLOP/s of a large bf16 matrix product on random data, the roofline's reference."""
     a, b = (torch.randn(side, side, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     action = partial(torch.mm, a, b)
     return 2 * side**3 / statistics.median(clock({"product": action}, 10)["product"]) / 1e12

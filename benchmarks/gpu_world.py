@@ -1,4 +1,4 @@
-"""Both pipelines on one set of random weights, in memory: what benchmarks/gpu.py measures."""
+"""Builds both pipelines on one set of random weights, in memory, for benchmarks/gpu.py."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ TINY_AUTOENCODER = {
 
 @dataclass
 class World:
-    """Both pipelines on one set of weights, and what the sections need to know."""
+    """Both pipelines on one set of weights, with the settings of all sections."""
 
     ours: SanaSprintPipeline
     theirs: Any
@@ -77,7 +77,7 @@ class World:
         return self.device.type == "cuda"
 
     def sides(self) -> dict[str, tuple[Callable[[], None], Any]]:
-        """name -> (what to switch before, the pipeline)."""
+        """Returns name -> (function that switches accelerations, pipeline)."""
         ways = {"ours": (False, False), "ours, graphs": (False, True)}
         if self.has_kernels:
             ways |= {"ours, kernels": (True, False), "ours, kernels + graphs": (True, True)}

@@ -28,7 +28,7 @@ WIDTH, HEIGHT, VIEW_HEIGHT = (
     1240,
     820,
 )  # of the screenshot, and of the window that the page is laid out for
-EDITS = 12  # until the meter shows this machine's pace
+EDITS = 12  # time for the meter to settle
 
 
 def draw_examples(pipeline: SanaSprintPipeline) -> None:
@@ -57,7 +57,7 @@ def take_screenshot(pipelines: Pipelines) -> None:
             before = user.sequence()
             user.run("arguments[0].click()", button)
             user.wait_for(lambda before=before: user.sequence() > before)
-            time.sleep(1.5)  # the page keeps a picture that one pauses at
+            time.sleep(1.5)  # the page adds a picture to its history after a pause
         for i in range(EDITS):
             before = user.sequence()
             user.run(

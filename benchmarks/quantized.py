@@ -1,4 +1,4 @@
-"""Presets of quantisation: time, memory and error of each component: `python benchmarks/quantized.py [MODEL]`.
+"""Measures time, memory and error of each component in every quantisation preset: `python benchmarks/quantized.py [MODEL]`.
 
 MODEL is "emoji" (which is judged too) or a pipeline folder, such as the one `benchmarks/full_size.py` makes. The error of a
 component is that of its output, relative (root mean square) to the unquantised one on the same input. Both run in turn;
@@ -105,7 +105,7 @@ def component_rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def workload(
     component: str, plain: SanaSprintPipeline, arguments: argparse.Namespace
 ) -> Callable[[SanaSprintPipeline], Tensor]:
-    """What the component is asked to do, always with the inputs that the unquantised ones make."""
+    """Returns the component's call; its inputs are made by the unquantised components."""
     config = plain.transformer.config
     side = arguments.side or config.sample_size
     generator = torch.Generator().manual_seed(0)
@@ -179,7 +179,7 @@ def judged_rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield {"preset": preset or "bf16", "judged right": round(overall, 4), "prompts": arguments.count}
 
 
-# ----- what is left alone ---------------------------------------------------------------------------------------------
+# ----- layers left unquantised ---------------------------------------------------------------------------------------------
 
 
 def sensitive_rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""From a key or a stroke to the picture on screen, in headless Chromium, through the real server.
+"""Measures the latency from a key or a stroke to the picture on screen, in headless Chromium with the real server.
 
 python -m benchmarks.realtime                    # the embedded model, 2 steps
 python -m benchmarks.realtime --steps 1 --edits 50

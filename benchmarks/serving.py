@@ -1,4 +1,4 @@
-"""The server under load: many clients at once, and whether drawing together pays.
+"""Measures the server under load from many clients, with and without batching.
 
     python benchmarks/serving.py --clients 64 --seconds 60
 
@@ -90,7 +90,7 @@ def watch(url: str, pipe: Connection) -> None:
 
 
 class Load:
-    """What some clients got in some seconds."""
+    """The answers that a number of clients received in a number of seconds."""
 
     def __init__(self) -> None:
         self.outcomes: Counter[str] = Counter()  # answered, refused (429), lost (anything else)
@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--max-batch", type=int, default=16)
     parser.add_argument("--max-queue", type=int, default=32)
     options = parser.parse_args()
-    # As many clients as a batch has places: the same load for both, and nobody waits for a second batch.
+    # As many clients as a batch has places: the same load for both, without queueing for a second batch.
     rows = {
         f"{options.clients} clients": measure(options, options.max_batch, options.clients),
         f"{options.max_batch} clients, together": measure(options, options.max_batch, options.max_batch),

@@ -1,4 +1,4 @@
-"""How long each part takes, ours beside diffusers on the same random bf16 weights, in turn in one process.
+"""Times each part, ours beside diffusers on the same random bf16 weights, alternating in one process.
 
     OMP_NUM_THREADS=2 python benchmarks/speed.py decode --sizes 512,1024 --openvino   # pip install openvino
     OMP_NUM_THREADS=2 python benchmarks/speed.py pipeline --steps 1,2,4 --sizes 512,1024,2048 --batches 1,4,8
@@ -95,7 +95,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-# ----- what is measured -----------------------------------------------------------------------------------------------
+# ----- parts -----------------------------------------------------------------------------------------------
 
 
 def models(kind: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -311,7 +311,7 @@ class ByteCounter(TorchDispatchMode):
 
 
 def seconds(call: Callable[[], object], device: str) -> float:
-    """Wall time, which waits for the device."""
+    """Measures wall time, waiting for the device."""
     synchronize = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     synchronize()
     start = time.perf_counter()

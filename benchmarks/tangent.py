@@ -1,4 +1,4 @@
-"""What dF/dt costs, in forward passes: `python benchmarks/tangent.py`.
+"""Measures the cost of dF/dt in forward passes: `python benchmarks/tangent.py`.
 
 Times a plain forward pass (no gradient) and the three kinds of `train/tangent.py` in turn, over and
 over, on random weights of two shapes: the embedded model's, and some blocks of the published 0.6B model's. Beside the
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def measure(shape: str, arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """name -> milliseconds, passes and error."""
+    """Measures milliseconds, forward passes and error of each method."""
     values, batch, side, tokens = SHAPES[shape]
     torch.manual_seed(0)
     transformer = SanaTransformer2DModel(TransformerConfig.from_dict(values)).eval()
@@ -126,7 +126,7 @@ def measure(shape: str, arguments: argparse.Namespace) -> dict[str, dict[str, fl
 def alternate(
     ways: dict[str, Callable[[], Any]], rounds: int, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
-    """Seconds of every way in every round, after one round that does not count."""
+    """Times every method in every round, after one warm-up round; seconds."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds + 1):
         for name, run in ways.items():

@@ -1,4 +1,4 @@
-"""What every test gets: fixed seeds, one thread, no network and no model hub."""
+"""Fixtures of every test: fixed seeds, one thread, no network and no model hub."""
 
 import ipaddress
 import os

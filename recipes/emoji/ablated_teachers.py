@@ -1,7 +1,7 @@
-"""Teachers with and without dense time and QK norm (section 3.2 of the paper): how they learn, and their tangents.
+"""Compares teachers with and without dense time and QK norm (section 3.2 of the paper): learning curves and tangents.
 
-The paper shows what happens to a student's gradients; what explodes there is dF/dt, which is a property of the teacher
-that the student starts from, and is measured here.
+The paper shows the student's gradients. The quantity that explodes is dF/dt, a property of the teacher that the student
+starts from, so it is measured here on the teacher.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ COLUMNS = {
 
 
 def run_values(name: str, seed: int, autoencoder: Path, output: Path, steps: int, batch_size: int) -> Values:
-    """What the variant's stage file says."""
+    """Returns the variant's stage file as nested values."""
     values = copy.deepcopy(tomllib.loads(RECIPE.read_text(encoding="utf-8")))
     values.update(
         seed=seed, autoencoder=str(autoencoder), output=str(output / f"teacher-{letters(name)}-{seed}")
@@ -59,7 +59,7 @@ def run_values(name: str, seed: int, autoencoder: Path, output: Path, steps: int
 
 
 def score(folder: Path) -> Values:
-    """Curves of a finished run, their summary, its tangents, and which part of its pictures is right."""
+    """Scores a finished run: curves, their summary, tangents and the share of correct pictures."""
     from recipes.emoji.evaluate import teacher_pictures
     from recipes.emoji.judge import evaluation_scenes, judge_many, summarize
 

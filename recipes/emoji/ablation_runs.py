@@ -1,4 +1,4 @@
-"""Runs whose scores are kept, several at a time: what the ablations of students and of teachers share."""
+"""Trains and scores runs in parallel and caches their scores, for the ablations of students and of teachers."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class Run(NamedTuple):
 
 
 def run_all(tasks: Iterable[Task], parallel: int, function: Callable[[Task], Result]) -> dict[Task, Result]:
-    """The function's result for each task, so many at a time, each in a process of its own.
+    """Applies the function to each task in processes of its own, `jobs` at a time.
 
     Raises:
-        RuntimeError: some failed, which it names; all others were done before.
+        RuntimeError: names the tasks that failed; all others were finished first.
     """
     results: dict[Task, Result] = {}
     failed: list[str] = []
@@ -54,21 +54,21 @@ def run_all(tasks: Iterable[Task], parallel: int, function: Callable[[Task], Res
 
 
 def _end_at_interrupt() -> None:
-    """A pool takes KeyboardInterrupt for one task's failure, and goes on to the next."""
+    """Ends the worker on SIGINT: a pool would count KeyboardInterrupt as one failed task and go on to the next."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def train(values: Values, folder: Path, *, processes: int, is_logged: bool) -> None:
-    """Trains in other processes, from where a stopped run was; `is_logged` sends what they say to the folder's train.log.
+    """Trains in other processes and resumes a stopped run; `is_logged` sends their output to the folder's train.log.
 
     Raises:
-        RuntimeError: they failed.
+        RuntimeError: training failed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     stage, log = folder / "stage.toml", folder / "train.log"
     stage.write_text(to_toml(values), encoding="utf-8")
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    # Alone, without a rendezvous: many of them at once meet each other's ports.
+    # A single process needs no rendezvous: many at once would collide on its ports.
     command = [sys.executable, *(launch if processes > 1 else []), "-m", "sana_sprint", "train", str(stage)]
     with log.open("ab") if is_logged else nullcontext() as output:
         code = subprocess.run(command, stdout=output, stderr=output, check=False).returncode
@@ -77,7 +77,7 @@ def train(values: Values, folder: Path, *, processes: int, is_logged: bool) -> N
 
 
 def kept(values: Values, train: Train, score: Callable[[Path], Values]) -> Values:
-    """A run's scores: from disk, or by training and scoring it, in its `folder_of`."""
+    """Returns a run's scores, from disk or by training and scoring it in its `folder_of`."""
     folder = folder_of(values)
     scores = folder / "scores.json"
     if not scores.is_file():
@@ -88,13 +88,13 @@ def kept(values: Values, train: Train, score: Callable[[Path], Values]) -> Value
 
 
 def folder_of(values: Values) -> Path:
-    """Named after `output` and all values: a changed recipe must not meet old scores."""
+    """Returns the run's folder, named by a hash of all values, so that a changed recipe never reuses old scores."""
     base = Path(values["output"])
     return base.with_name(f"{base.name}-{zlib.crc32(to_toml(values).encode()):08x}")
 
 
 def letters(name: str) -> str:
-    """A name that a folder can have."""
+    """Returns the name reduced to characters that are valid in a folder's name."""
     return "".join(letter if letter.isalnum() else "-" for letter in name)
 
 
@@ -108,6 +108,6 @@ def to_toml(values: Values, prefix: str = "") -> str:
 
 
 def log_of(folder: Path, name: str) -> list[tuple[int, float]]:
-    """(step, value) of what a run's log says by this name."""
+    """Returns (step, value) of this metric from a run's log."""
     entries = map(json.loads, (folder / "log.jsonl").read_text(encoding="utf-8").splitlines())
     return [(entry["step"], entry[name]) for entry in entries if name in entry]

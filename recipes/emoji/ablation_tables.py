@@ -1,4 +1,4 @@
-"""The tables of docs/ablations.md from the students' scores: one for each of the paper's, its numbers beside ours."""
+"""Writes the tables of docs/ablations.md from the students' scores, each with the paper's numbers beside ours."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ START = "the teacher itself"
 BASELINE, CONSISTENCY, ADVERSARIAL = "both losses", "consistency loss only", "adversarial loss only"
 GUIDANCE, LOW_GUIDANCE = 4.5, 2.0
 PLOT = "images/ablated-students.png"
-# What stands above it in the page is written by hand.
+# The page above this mark is written by hand.
 MARK = "<!-- Below: python -m recipes.emoji.ablations -->\n"
 HEADINGS = {
     "judge1": "judge, 1 step",
@@ -30,9 +30,9 @@ COLUMNS = ("judge1", "judge2", "fid1", "fid2", "grad_norm")
 
 @dataclass(frozen=True)
 class Table:
-    """A question, and for each answer what the paper measured: FID and CLIP score at two steps.
+    """One ablation: its title and, for each variant, the FID and CLIP score at two steps that the paper reports.
 
-    `columns` are the scores that are shown, and `below` is the Markdown of what stands below.
+    `columns` are the scores shown; `below` is Markdown printed below the table.
     """
 
     title: str
@@ -104,7 +104,7 @@ def plot(results: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path) -> No
 
 
 def write(page: Path, tables: str) -> None:
-    """Replaces what stands below the mark."""
+    """Replaces the page's text below the mark."""
     before = page.read_text(encoding="utf-8").partition(MARK)[0]
     page.write_text(f"{before}{MARK}\n{tables}", encoding="utf-8")
 

@@ -1,9 +1,9 @@
-"""The paper's ablations in small: `python -m recipes.emoji.ablations` trains every variant and writes docs/ablations.md.
+"""Repeats the paper's ablations at small scale: `python -m recipes.emoji.ablations` trains every variant and writes docs/ablations.md.
 
-Every variant is recipes/emoji/student.toml with a few values changed. All have as many steps of the student, and several
-seeds. They start from the first of `ablated_teachers`, which start from nothing but an autoencoder. Finished runs are kept in
-the output folder, and a run that was stopped continues, so the command can be stopped and given again. Scores are of one step
-and, as in the paper's ablations, of two steps from pi/2 by way of 1.0.
+Every variant is recipes/emoji/student.toml with a few values changed, with the same number of student updates and several
+seeds. All start from the first of `ablated_teachers`, which are trained from scratch on an autoencoder's latents. Finished runs
+are kept in the output folder and interrupted ones resume, so the command can be stopped and repeated. Scores are for one
+step and, as in the paper's ablations, for two steps with the middle time 1.0.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from recipes.emoji.ablation_tables import (
 RECIPE = Path(__file__).with_name("student.toml")
 DOCUMENT = Path("docs/ablations.md")
 MIDDLE_TIME = 1.0  # of the paper's ablations
-SHEET, SHEET_COLUMNS = 48, 12  # pictures that are kept of each run, to be looked at
+SHEET, SHEET_COLUMNS = 48, 12  # sample pictures kept of each run
 
 
 def _without_discriminator(values: Values) -> None:
-    """With as many steps of the student: beside a discriminator only every other step is the student's."""
+    """Halves the run's length: without a discriminator every step is a student update instead of every other one."""
     del values["discriminator"]
     values["schedule"]["steps"] //= 2
     values["tangent_warmup_steps"] //= 2
@@ -49,9 +49,9 @@ def _weigh(values: Values, factor: float) -> None:
     values["discriminator"]["weight"] *= factor
 
 
-# name -> what is done to the recipe's values
+# name -> change of the recipe's values
 VARIANTS: Mapping[str, Callable[[Values], object]] = {
-    # One update in the warm-up of the learning rate: what all the others start from.
+    # One update at the start of the warm-up: the score of the initial weights.
     START: lambda values: values["schedule"].update(steps=2),
     BASELINE: lambda values: None,
     CONSISTENCY: _without_discriminator,
@@ -66,10 +66,10 @@ HALVES: Mapping[str, Mapping[str, object]] = {"teachers": ablated_teachers.VARIA
 
 
 def main() -> None:
-    """Trains and scores what is missing, then writes the document."""
+    """Trains and scores the missing runs, then writes the document."""
     arguments = _arguments()
     if arguments.parallel > 1:
-        # Inherited by the pool's processes and by those that they start.
+        # Inherited by the pool's processes and their children.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         _encode_all(arguments)
     score = partial(result, arguments=arguments)
@@ -98,7 +98,7 @@ def _arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    # As it is given it is the same on every machine, and so are the names of the runs' folders, which depend on it.
+    # The path as given is the same on every machine, and so are the folder names, which depend on it.
     add("--autoencoder", type=Path, default=Path("src/sana_sprint/embedded/emoji/vae"))
     add("--output", type=Path, default=Path("runs/emoji/ablations"))
     add("--steps", type=int, default=800, help="of each student, both players counted")
@@ -119,7 +119,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def result(run: Run, arguments: argparse.Namespace) -> Values:
-    """The run's scores: from disk, or by training and scoring it."""
+    """Returns the run's scores, from disk or by training and scoring it."""
     fit = partial(train, processes=arguments.processes, is_logged=arguments.parallel > 1)
     if run.name in VARIANTS:
         values = run_values(run, _taught(arguments, fit), arguments)
@@ -131,7 +131,7 @@ def result(run: Run, arguments: argparse.Namespace) -> Values:
 
 
 def _taught(arguments: argparse.Namespace, fit: Train) -> Path:
-    """The folder of the teacher that students start from: trained here, if it is not there."""
+    """Returns the folder of the students' teacher, training it if it is missing."""
     values = _teacher_values(Run(ablated_teachers.BASELINE, 0), arguments)
     folder = folder_of(values)
     if not (folder / "final").is_dir():
@@ -146,7 +146,7 @@ def _teacher_values(run: Run, arguments: argparse.Namespace) -> Values:
 
 
 def run_values(run: Run, teacher: Path, arguments: argparse.Namespace) -> Values:
-    """What the variant's stage file says."""
+    """Returns the variant's stage file as nested values."""
     values = copy.deepcopy(tomllib.loads(RECIPE.read_text(encoding="utf-8")))
     output = arguments.output / f"{letters(run.name)}-{run.seed}"
     values.update(stage="student", seed=run.seed, teacher=str(teacher), output=str(output))
@@ -160,12 +160,12 @@ def run_values(run: Run, teacher: Path, arguments: argparse.Namespace) -> Values
 
 
 def _encode_all(arguments: argparse.Namespace) -> None:
-    """Fills the cache of latents that all runs share: started at the same time on an empty one, each would make them all."""
+    """Fills the latent cache shared by all runs; parallel runs on an empty cache would each encode everything."""
     from sana_sprint.train.parts import PART_SIZE
 
     data = tomllib.loads(RECIPE.read_text(encoding="utf-8"))["data"]
     count = data["num_samples"]
-    # Whole parts: their files are named by them.
+    # Whole parts, because each part is a file.
     share = -(-count // (PART_SIZE * arguments.parallel)) * PART_SIZE
     shares = [range(start, min(start + share, count)) for start in range(0, count, share)]
     encode = partial(
@@ -191,8 +191,8 @@ def _encode(samples: range, *, source: str, autoencoder: Path, output: Path) -> 
 
 
 def _score(folder: Path, count: int) -> Values:
-    """The judge's overall score and the Frechet distance at one and two steps, and at two with low guidance; the gradient's
-    median size in training, and its curve over the student's own steps.
+    """Computes the judge's overall score and the Frechet distance at one and two steps and at two with low guidance,
+    the median gradient norm in training, and its curve over the student's updates.
     """
     import torch
 

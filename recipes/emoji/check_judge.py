@@ -36,7 +36,7 @@ def picture(scene: Scene) -> np.ndarray:
 
 
 def degrade(image: np.ndarray, seed: int, psnr: float = 28.0) -> np.ndarray:
-    """Makes a picture as bad as a small autoencoder does: half of the squared error is blur, half is soft noise."""
+    """Degrades a picture to the given PSNR as a small autoencoder would: half of the squared error is blur, half soft noise."""
     error = 255.0**2 / 10 ** (psnr / 10)
     blur = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(1.5)), np.float32) - image
     blur *= min(1.0, (0.5 * error / max(float(np.square(blur).mean()), 1e-6)) ** 0.5)
@@ -48,7 +48,7 @@ def degrade(image: np.ndarray, seed: int, psnr: float = 28.0) -> np.ndarray:
 
 
 def displace(scene: Scene, rng: random.Random) -> Scene:
-    """The same content less exactly drawn: every object moved by up to 4 pixels and resized by up to 8%."""
+    """Perturbs a scene: every object is moved by up to 4 pixels and resized by up to 8%."""
     return replace(
         scene,
         objects=tuple(
@@ -144,7 +144,7 @@ def _portrait(kind: str, background: str) -> np.ndarray:
 
 
 def damaged(scene: Scene, rng: random.Random) -> dict[str, np.ndarray]:
-    """Pictures that nobody would call right: half objects, two objects in one place, noise, nothing."""
+    """Makes wrong pictures: half an object, two objects in one place, noise, an empty background."""
     whole = picture(scene)
     ground = np.array(words.BACKGROUNDS[scene.background], np.uint8)
     which = rng.randrange(len(scene.objects))
@@ -162,7 +162,7 @@ def damaged(scene: Scene, rng: random.Random) -> dict[str, np.ndarray]:
 
 
 def _half(thing: Placed, rng: random.Random) -> np.ndarray:
-    """Where one half of an object is: its left, right, upper or lower one. Bool (128,128,1)."""
+    """Masks a random half (left, right, upper or lower) of an object. Bool (128,128,1)."""
     y, x = np.mgrid[:SIZE, :SIZE]
     side = rng.choice((x - thing.x, thing.x - x, y - thing.y, thing.y - y))
     near = np.maximum(abs(x - thing.x), abs(y - thing.y)) <= thing.size / 2 + 1

@@ -1,9 +1,9 @@
-"""How consistent a student is, by noise level: `python -m recipes.emoji.consistency --model FOLDER --teacher FOLDER`.
+"""Measures a student's consistency by noise level: `python -m recipes.emoji.consistency --model FOLDER --teacher FOLDER`.
 
-A consistent student draws, from any point of a path of its guided teacher, the path's end. Per angle: the mean squared
-distance of its one-step picture from the end of the path that starts at a noised picture, in latents of unit variance; and
-beside it that of the teacher's own one-step picture, which is what a student that has learnt nothing has. Scores of pictures
-say that a student is worse than its teacher; this says where.
+From any point on a path of its guided teacher, a consistent student returns the end of the path. For each angle the table has
+the mean squared distance between the student's one-step picture and the end of the path that starts at a noised picture, in
+latents of unit variance, beside that of the teacher's own one-step picture (an untrained student). Picture scores tell that a
+student is worse than its teacher; this tells at which noise levels.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sana_sprint.trigflow import T_MAX, Velocity, add_noise, flow_denoiser, to_c
 from sana_sprint.weights import load_model, resolve_folder
 
 ANGLES = (T_MAX, 1.3, 1.1, 0.9, 0.5, 0.2)
-FIRST_SEED = 5_000_000  # scenes of the training world that no run has seen
+FIRST_SEED = 5_000_000  # training-split scenes beyond those of every run
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
 
 @torch.no_grad()
 def distances(arguments: argparse.Namespace) -> list[tuple[float, float, float]]:
-    """(angle, student's distance, teacher's distance) of every angle."""
+    """Computes (angle, student's distance, teacher's distance) for every angle."""
     teacher = Teacher(arguments.teacher)
     folder = resolve_folder(arguments.model)
     student = load_model(SanaTransformer2DModel, folder / "transformer", dtype=torch.float32)

@@ -1,8 +1,8 @@
 """Scores sketches to pictures on held-out scenes: `python -m recipes.emoji.control_evaluate --model FOLDER`.
 
-A scene's objects are drawn as outlines by an unsteady hand and given to the public pipeline as a scribble, with the caption. Per
-picture: *place*, every outline has an object of any kind about where it was drawn; *kind*, the objects are those of the
-caption, wherever; *both*, each outline has its own kind of object.
+A scene's objects are drawn as shaky outlines and passed to the public pipeline as a scribble with the caption. Scores: *place*,
+an object of any kind is near every outline; *kind*, the objects are those of the caption, anywhere; *both*, every outline
+has its own kind of object.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def follow(
 
 
 def scored(pictures: Sequence[Image.Image], scenes: Sequence[Scene]) -> dict[str, float]:
-    """The shares of pictures that are right in place, in kind, and in both."""
+    """Computes the shares of pictures correct in place, in kind, and in both."""
     results = [
         verdict(find(np.array(p.convert("RGB"))).objects, s) for p, s in zip(pictures, scenes, strict=True)
     ]
@@ -93,7 +93,7 @@ def scored(pictures: Sequence[Image.Image], scenes: Sequence[Scene]) -> dict[str
 
 
 def verdict(found: Sequence[Found], scene: Scene) -> dict[str, bool]:
-    """What of a picture is right, from what was found in it."""
+    """Decides (place, kind, both) from the objects found in a picture."""
     kinds = Counter(thing.kind for thing in found) == Counter(placed.kind for placed in scene.objects)
     near = [
         [np.hypot(thing.x - placed.x, thing.y - placed.y) <= NEAR for thing in found]

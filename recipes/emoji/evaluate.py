@@ -2,7 +2,7 @@
 
 The student makes every picture through the public pipeline at 1, 2 and 4 steps; its teacher samples with 20 guided
 Euler steps; both get the same noise. FID is the Frechet distance to real renders of other held-out prompts, in the embedded
-autoencoder's features: it compares with itself only. The autoencoder is scored by PSNR on unseen scenes.
+autoencoder's features; these values are comparable only with one another. The autoencoder is scored by PSNR on unseen scenes.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def main() -> None:
         name = f"student, {steps} step{'s' * (steps > 1)}"
         rows[name] = score(judge, pictures, scenes, name=f"student{steps}", folder=arguments.out)
         drawn[name] = pictures
-    # As many of each task as were drawn, none of them drawn.
+    # The same number of each task, from other seeds.
     real = [render(scene) for scene in judge.evaluation_scenes(5 * arguments.count)[arguments.count :]]
     distances = fid(pipeline.vae, drawn, real)
     psnr = autoencoder_psnr(pipeline.vae)
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 class Teacher:
-    """A teacher run's final folder, guided as in the student's training; fp32 weights, to be called under bf16 autocast."""
+    """A teacher run's final folder with the guidance of the student's training; fp32 weights, called under bf16 autocast."""
 
     def __init__(self, folder: Path) -> None:
         recipe = load_config(RECIPE)
@@ -93,7 +93,7 @@ class Teacher:
         self.encoder = PromptEncoder(load_tokenizer(folder / "tokenizer"), text_encoder)
 
     def velocity(self, captions: Sequence[str], guidance: float) -> Velocity:
-        """Of pictures with these captions."""
+        """Predicts the guided velocity for pictures with these captions."""
         embeddings = embed(self.encoder, captions, instruction=True)
         captioned = self.transformer.encode_caption(embeddings.embeds, embeddings.mask)
         return guided(
@@ -108,7 +108,7 @@ class Teacher:
 
 @torch.no_grad()
 def teacher_pictures(folder: Path, scenes: list[Scene], guidance: float, steps: int) -> list[Image.Image]:
-    """The same from the teacher."""
+    """Draws the same prompts with the teacher."""
     teacher = Teacher(folder)
     config, vae = teacher.transformer.config, teacher.autoencoder
     shape = config.in_channels, config.sample_size, config.sample_size
@@ -128,7 +128,7 @@ def teacher_pictures(folder: Path, scenes: list[Scene], guidance: float, steps: 
 def fid(
     autoencoder: AutoencoderDC, drawn: Mapping[str, Sequence[Image.Image]], real: Sequence[Image.Image]
 ) -> dict[str, float]:
-    """The Frechet distance of each set to real pictures, in the autoencoder's features."""
+    """Computes each set's Frechet distance to real pictures, in the autoencoder's features."""
     extract = dcae_features(autoencoder)
     wanted = fit(features_of(real, extract, size=SIZE))
     return {
@@ -139,7 +139,7 @@ def fid(
 
 @torch.no_grad()
 def autoencoder_psnr(autoencoder: AutoencoderDC) -> float:
-    """Mean over unseen scenes of each picture's PSNR in dB."""
+    """Computes the mean PSNR in dB over pictures of unseen scenes."""
     pixels = np.stack([np.asarray(render(scene)) for scene in judge.evaluation_scenes(300)])
     image = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div(127.5).sub(1)
     restored = torch.cat(

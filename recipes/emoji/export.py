@@ -1,4 +1,4 @@
-"""Puts a pipeline folder, with its controlnet, into the package as the embedded model: `python -m recipes.emoji.export FOLDER`."""
+"""Copies a pipeline folder and its controlnet into the package as the embedded model: `python -m recipes.emoji.export FOLDER`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def main() -> None:
     fresh = arguments.target.with_name(arguments.target.name + "-new")
     pipeline.save_pretrained(fresh)
     if (branch := arguments.folder / "controlnet").is_dir():
-        # Beside the folders that model_index.json lists: to the published text pipeline it is as before.
+        # model_index.json does not list it, so the published text pipeline loads the folder unchanged.
         save_model(load_model(SanaControlNetModel, branch, dtype=torch.bfloat16), fresh / "controlnet")
     size = sum(path.stat().st_size for path in fresh.rglob("*") if path.is_file())
     if size > MAX_BYTES:

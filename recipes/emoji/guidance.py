@@ -1,7 +1,7 @@
-"""Whether the student has learnt its guidance scale: `python -m recipes.emoji.guidance --teacher FOLDER`.
+"""Measures how far the student has learnt its guidance scale: `python -m recipes.emoji.guidance --teacher FOLDER`.
 
-Pictures of the same noise at two scales differ. For the teacher that is what guidance does; the student, which is told
-the scale as a number, should change its pictures in the same direction and by as much.
+Pictures from the same noise at two scales differ. The student, whose scale is an input, should change its pictures in the
+same direction and by the same amount as the guided teacher.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def change(before: list[Image.Image], after: list[Image.Image]) -> np.ndarray:
-    """What differs between two lists of pictures: (n,H,W,3) in levels."""
+    """Computes the difference of two lists of pictures: (n,H,W,3) in levels."""
     return np.stack(
         [np.asarray(b, np.float32) - np.asarray(a, np.float32) for a, b in zip(before, after, strict=True)]
     )
@@ -56,7 +56,7 @@ def size(difference: np.ndarray) -> float:
 
 
 def cosine(first: np.ndarray, second: np.ndarray) -> float:
-    """Of all pictures' differences taken as one vector, 0 where one of them is zero."""
+    """Computes the cosine of all differences taken as one vector; 0 if either is zero."""
     norms = float(np.linalg.norm(first) * np.linalg.norm(second))
     return float((first * second).sum()) / norms if norms else 0.0
 

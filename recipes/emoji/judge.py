@@ -1,4 +1,4 @@
-"""The compositional judge of the emoji world: whether a picture is what its caption says, GenEval's way.
+"""The compositional judge of the emoji world: checks a picture against its caption, as GenEval does.
 
 A picture is correct if it has exactly the caption's objects, whole, in the caption's relation, on the caption's
 background, and nothing else. Its own error rates: `python -m recipes.emoji.check_judge`.
@@ -18,8 +18,8 @@ from recipes.emoji.matcher import Finding, Found, find
 from recipes.emoji.scenes import SIZE, TASKS, Scene, sample_scene
 
 # The thresholds lie between the weakest real picture at 28 dB and the strongest damaged one, see `check_judge`.
-MIN_SCORE = 0.7  # of an object that is whole
-MAX_LEFTOVER = 20.0  # levels, where there is no object
+MIN_SCORE = 0.7  # lowest score of a whole object
+MAX_LEFTOVER = 20.0  # levels, outside all objects
 MAX_BACKGROUND_ERROR = 45.0  # levels, as an RGB distance; the nearest two backgrounds are 92 apart
 MIN_OFFSET = 16.0  # pixels between the centres of objects in a relation, a quarter of what scenes have
 
@@ -28,7 +28,7 @@ _FIRST_EVALUATION_SEED = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether a picture is what its caption says, what was found in it, and what is wrong ("" if nothing).
+    """The judge's result: `correct`, the objects found, and the `reason` if it is wrong ("" otherwise).
 
     `background` is the nearest known one's name, None if no known one is near.
     """
@@ -49,7 +49,7 @@ def judge(image: Image.Image | np.ndarray, scene: Scene) -> Verdict:
 
 
 def decide(finding: Finding, scene: Scene) -> Verdict:
-    """Judges what was found in a picture by a scene's caption."""
+    """Judges a picture's detected objects by a scene's caption."""
     background = _background_name(finding.background)
     reason = (
         _wrong_objects(finding, scene)
@@ -74,7 +74,7 @@ def evaluation_scenes(count: int = 300) -> list[Scene]:
 
 
 def summarize(verdicts: Sequence[Verdict], scenes: Sequence[Scene]) -> dict[str, float]:
-    """The part of pictures that is correct: by task, and "overall" as the mean over the tasks, as GenEval has it."""
+    """Computes the share of correct pictures by task, and "overall" as the mean over tasks (as in GenEval)."""
     correct: dict[str, list[bool]] = {}
     for verdict, scene in zip(verdicts, scenes, strict=True):
         correct.setdefault(scene.task, []).append(verdict.correct)
@@ -122,7 +122,7 @@ def _not_whole(finding: Finding) -> str:
 
 
 def _wrong_relation(finding: Finding, scene: Scene) -> str:
-    """The found kinds must be the scene's."""
+    """Checks the relation; the found kinds must be those of the scene."""
     if scene.relation is None:
         return ""
     axis = "x" if scene.relation in ("left of", "right of") else "y"

@@ -3,7 +3,7 @@
 A picture is a flat background plus objects that do not overlap. Drawing one artwork (opacity a, colour c) on the
 background b explains T = a(c - b) of the difference D between picture and background, and so lowers the picture's
 squared error by 2<D, T> - |T|^2: its *gain*. One Fourier product per kind and size gives the gain at every place;
-objects are then taken greedily. Half resolution tells all kinds apart, and does not mind an autoencoder's blur.
+objects are then taken greedily. Half resolution is enough to tell all kinds apart and is robust to an autoencoder's blur.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """One object: its kind, its centre and longer side in pixels, and how much of it is seen.
+    """A detected object: its kind, its centre and longer side in pixels, and its score.
 
     The score is the lesser of two. The explained part of the artwork's worst half (left, right, upper or lower): 1
     where it is exactly the artwork, about 0 where that half is missing, less where something else is in its place.
@@ -56,7 +56,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a picture shows: its objects (largest gain first), its background's RGB colour, and what is unexplained.
+    """The content of a picture: its objects (largest gain first), its background's RGB colour, and the unexplained rest.
 
     `leftover` is the difference from the background, in levels, in the worst patch of 10 x 10 pixels with no object.
     """
@@ -68,7 +68,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class _Kinds:
-    """What the gains of all K kinds in one size are computed from."""
+    """Precomputed terms of the gains of all K kinds in one size."""
 
     spectra: Tensor  # (4,K,S,S/2+1) complex: the layers' Fourier transforms, conjugated
     moments: Tensor  # (K,5): <ac, ac>, then <a, ac> of each colour, then <a, a>
@@ -210,7 +210,7 @@ def _at(place: _Place, centered: Tensor) -> Tensor:
 
 
 def _fits(place: _Place, rest: Tensor, background: Tensor) -> list[float]:
-    """How much of the artwork the picture shows: of all of it, and of its left, right, upper and lower halves."""
+    """Computes the visible share of the artwork: of all of it, and of its left, right, upper and lower halves."""
     wide, high = _reach(place.kind, place.size)
     left, right = max(0, int(place.x - wide)), ceil(place.x + wide)
     top, bottom = max(0, int(place.y - high)), ceil(place.y + high)

@@ -43,7 +43,7 @@ OPTIMIZER = OptimizerConfig(
 
 
 class Readout(nn.Module):
-    """What stands at each place: attention of one query per place over the tokens. (B,L,D), mask (B,L) -> (B,4,kinds + 1)."""
+    """Predicts the object at each place by attention of one query per place over the tokens. (B,L,D), mask (B,L) -> (B,4,kinds + 1)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

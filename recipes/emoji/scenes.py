@@ -1,4 +1,4 @@
-"""Captioned emoji scenes: what is in a picture, how a caption says it, and the picture itself.
+"""Captioned emoji scenes: the content of a picture, its captions and its rendering.
 
 Six tasks, GenEval's in small: one object, two objects, counting, colours, position and colour attribution.
 Everything is a pure function of an integer seed, so data set position i is the same scene on every machine.
@@ -60,7 +60,7 @@ class Placed:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What a picture shows. `background` None in the caption's words means: any; `background` is what is drawn."""
+    """The content of a picture. `background` is always drawn; the caption mentions it if `names_background`."""
 
     task: str
     objects: tuple[Placed, ...]
@@ -71,7 +71,7 @@ class Scene:
 
 
 def is_held_out(*parts: object) -> bool:
-    """Whether a combination (such as ("cat", "left of", "dog")) is kept out of training: one in ten is."""
+    """Returns True for the tenth of all combinations, such as ("cat", "left of", "dog"), that is kept out of training."""
     return zlib.crc32("|".join(map(str, parts)).encode()) % 10 == 0
 
 
@@ -107,7 +107,7 @@ def sample_scene(seed: int, *, held_out: bool = False, task: str | None = None) 
 
 
 def describe(scene: Scene, rng: random.Random) -> str:
-    """Another caption that is true of the scene: other words, the other order, its background named or not."""
+    """Writes another true caption of the scene: other words, the other order, with or without its background."""
     kinds = list(
         dict.fromkeys(placed.kind for placed in scene.objects)
     )  # from left to right, or from the top
@@ -163,7 +163,7 @@ def crowded(seed: int) -> Image.Image:
 def _font() -> ImageFont.FreeTypeFont:
     if not FONT_PATH.is_file():
         raise FileNotFoundError(f"{FONT_PATH} is missing; hint: apt-get install fonts-noto-color-emoji")
-    return ImageFont.truetype(str(FONT_PATH), 109)  # the one size that its bitmaps have
+    return ImageFont.truetype(str(FONT_PATH), 109)  # the only size of its bitmaps
 
 
 @cache

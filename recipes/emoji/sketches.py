@@ -1,4 +1,4 @@
-"""Scenes whose objects stand anywhere, and the lines that a control branch follows: edges, and what a hand would draw."""
+"""Scenes with freely placed objects, and lines for a control branch to follow: edges and imitated hand drawings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sana_sprint.conditions import blur, canny, dilate, erode, soft_edges
 MARGIN = 2  # pixels between an object and the picture's edge
 SIZES_OF_ONE, SIZES_OF_TWO = (48, 92), (46, 58)  # pixels
 KINDS_OF_LINES = ("drawing", "drawing", "drawing", "canny", "softedge")
-_OBJECT = 20.0  # levels of difference from the background from which a pixel belongs to an object
+_OBJECT = 20.0  # levels of difference from the background above which a pixel belongs to an object
 
 
 def free_scene(seed: int, *, held_out: bool = False) -> Scene:
@@ -50,7 +50,7 @@ def training_scene(index: int) -> tuple[np.ndarray, tuple[str, ...]]:
 
 
 def condition(pixels: np.ndarray, position: int) -> np.ndarray:
-    """Lines of the picture at this place of the set, white on black: uint8 (H,W,3), of one of `KINDS_OF_LINES`."""
+    """Makes the lines of the data set's picture `index`, white on black: uint8 (H,W,3), of one of `KINDS_OF_LINES`."""
     rng = random.Random(f"lines-{position}")
     kind = rng.choice(KINDS_OF_LINES)
     if kind == "drawing":
@@ -66,8 +66,8 @@ def condition(pixels: np.ndarray, position: int) -> np.ndarray:
 def drawing(pixels: np.ndarray, rng: random.Random) -> Tensor:
     """The objects' outlines as an unsteady hand draws them: (H,W), 1 = line.
 
-    Small shapes are rounded off, the outline wanders by up to a few pixels, pens differ, lines have gaps, and now and
-    then some of the edges inside are there too.
+    Small shapes are rounded off, the outline deviates by up to a few pixels, line widths vary, lines have gaps, and
+    sometimes inner edges are drawn too.
     """
     picture = torch.tensor(pixels, dtype=torch.float32)
     inside = ((picture - picture[0, 0]).abs().amax(dim=-1) > _OBJECT).float()

@@ -1,4 +1,4 @@
-"""The words of the emoji world: what can be drawn, on what, and how captions name it.
+"""The vocabulary of the emoji world: kinds of objects, backgrounds, and the words that captions use for them.
 
 A *kind* is one thing with its own artwork ("cat", "red heart"). `KINDS` maps its name to the emoji that
 draws it; `SYNONYMS` lists other words captions use for the same artwork.
@@ -136,7 +136,7 @@ def with_article(noun: str) -> str:
 
 
 def clashes(kind: str, background: str) -> bool:
-    """Whether a kind would vanish on a background, so that no scene puts it there."""
+    """Returns True if a kind would be hard to see on a background; no scene combines them."""
     color = kind.split(" ")[0] if kind in SHAPES else ""
     near = {"yellow": ("star", "moon"), "white": ("egg",), "black": (), "orange": ("orange",)}
     return color == background or kind in near.get(background, ())

@@ -1,4 +1,4 @@
-"""A small student of the exact teacher, made with the library's losses, and how far it is from the truth."""
+"""Trains a small student of the exact teacher with the library's losses and measures its error."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ NUM_STEPS = 1000
 BATCH = 512
 LEARNING_RATE = 2e-3
 WARMUP_STEPS = 200  # of the tangent
-# The spots part where noise and spots are equally wide, at tan t = 0.3 or tau = ln(0.15) = -1.9: most angles lie
-# between there and pi/2.
+# The spots separate where noise and spots are equally wide, at tan t = 0.3 or tau = ln(0.15) = -1.9: most angles are
+# drawn between there and pi/2.
 TIME_MEAN, TIME_STD = -1.0, 1.6
 TWO_STEPS = [T_MAX, 1.1, 0.0]
 

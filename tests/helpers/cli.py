@@ -21,7 +21,7 @@ def call(*arguments: object, **settings: Any) -> Any:
 
 
 def succeed(*arguments: object, **settings: Any) -> str:
-    """What a call prints on stdout; it must succeed."""
+    """Returns the stdout of a call that must succeed."""
     result = call(*arguments, **settings)
     assert result.exit_code == 0, result.output
     return str(result.stdout)

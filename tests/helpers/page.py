@@ -178,7 +178,7 @@ def browser(folder: Path, *, width: int = 1280, height: int = 900) -> Iterator[W
 
 
 class PageUser:
-    """What a person does with the page and sees on it."""
+    """A user of the page: its actions and the visible results."""
 
     def __init__(self, driver: WebDriver) -> None:
         self.driver = driver

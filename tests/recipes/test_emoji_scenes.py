@@ -84,7 +84,7 @@ def understood(caption: str) -> tuple[list[tuple[str, int]], str | None, str | N
 
 
 def combination(scene: Scene) -> tuple[object, ...]:
-    """What the split is about, per task: as said by the caption, from what is drawn."""
+    """Returns the combination that decides the split, per task, from the drawn scene."""
     kinds = [placed.kind for placed in scene.objects]
     if scene.task in ("single", "color"):
         return ("ground", kinds[0], scene.background)

@@ -89,7 +89,7 @@ def test_training_samples(emoji_font) -> None:
 
 
 def line_pixels(lines: np.ndarray, placed: Placed) -> int:
-    """How many are where this object is, or near it."""
+    """Counts the pixels at or near this object."""
     reach = placed.size / 2 + 8
     top, left = max(0, round(placed.y - reach)), max(0, round(placed.x - reach))
     return int((lines[top : round(placed.y + reach), left : round(placed.x + reach), 0] > 127).sum())
