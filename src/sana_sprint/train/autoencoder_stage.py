@@ -1,4 +1,4 @@
-"""Training a DC-AE from scratch: L1 + L2 reconstruction, noise on the latents."""
+"""Training a DC-AE, from scratch or from a folder: L1 + L2 reconstruction, noise on the latents."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sana_sprint.train.data.records import Sample
 from sana_sprint.train.learner import own_parts
 from sana_sprint.train.parts import digest
 from sana_sprint.train.stage import Metrics, Part, Report, autocast
-from sana_sprint.weights import save_model
+from sana_sprint.weights import load_model, save_model
 
 NUM_VALIDATION = 128
 _PARTS_AHEAD = 2
@@ -35,7 +35,7 @@ class AutoencoderStage:
         torch.manual_seed(config.seed)
         self.config = config
         self.device = distributed.device()
-        self.module = channels_last(AutoencoderDC(AutoencoderConfig.from_dict(config.model)).to(self.device))
+        self.module = channels_last(_autoencoder(config).to(self.device))
         self.players = {"autoencoder": self.module}
         self.source = open_source(config.data.source, report=report, max_bad=config.data.max_bad_fraction)
         self.samples = Ahead(self._sample, is_concurrent=self.source.is_concurrent)
@@ -102,6 +102,13 @@ class AutoencoderStage:
         steps = range(part.step, self.config.schedule.steps)
         own = (each for step in steps for _, each in own_parts(step, self.config))
         return itertools.dropwhile(lambda each: each != part, own)
+
+
+def _autoencoder(config: AutoencoderRun) -> AutoencoderDC:
+    if config.start is not None:
+        return load_model(AutoencoderDC, config.start, dtype=torch.float32).train()
+    assert config.model is not None  # as the config checks
+    return AutoencoderDC(AutoencoderConfig.from_dict(config.model))
 
 
 def _psnr(mse: float) -> float:

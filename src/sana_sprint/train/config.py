@@ -115,15 +115,23 @@ class _Run(_Section):
 
 
 class AutoencoderRun(_Run):
-    """Trains a DC-AE from scratch on pictures."""
+    """Trains a DC-AE on pictures, from scratch or from a folder."""
 
     stage: Literal["autoencoder"]
     data: DataConfig
-    model: dict[str, Any]
+    # An autoencoder's folder to go on from; without it `model` describes a new one.
+    start: Path | None = None
+    model: dict[str, Any] | None = None
     # Standard deviation of noise added to latents before decoding: smooths the latent space for the diffusion model.
     latent_noise: float = Field(default=0.1, ge=0)
     # Weight of the mean squared latent, which keeps the encoder from shouting that noise down.
     latent_weight: float = Field(default=1e-3, ge=0)
+
+    @model_validator(mode="after")
+    def _check_start(self) -> AutoencoderRun:
+        if (self.start is None) == (self.model is None):
+            raise ValueError("either model or start is needed, and not both")
+        return self
 
 
 class _FlowRun(_Run):
