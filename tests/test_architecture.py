@@ -14,6 +14,7 @@ import sana_sprint
 
 ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src"
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
 PACKAGE = "sana_sprint"
 MAX_FILE_LINES = 460  # SANA and DC-AE are one file each
 MAX_FUNCTION_LINES = 60
@@ -21,23 +22,17 @@ MAX_FUNCTION_LINES = 60
 # A module may import modules of lower levels, and of its own level inside its own folder. Level 0 imports nothing of
 # ours. A folder's entry holds for every module in it that has no entry of its own.
 LEVELS = {
-    "config": 0,
     "trigflow": 0,
     "resolutions": 0,
     "images": 0,
     "prompts": 0,
-    "precision": 0,
-    "noise": 0,
     "numerics": 0,
     "allocator": 0,
     "models.frugal": 0,
     "models": 1,
     "sampling": 1,
-    "scheduler": 1,
     "conditions": 1,
-    "controls": 1,
     "kernels": 2,
-    "backends": 2,
     "lora": 2,
     "weights": 2,
     "quantize": 2,
@@ -101,6 +96,15 @@ def our_imports(name: str) -> set[str]:
     return found
 
 
+def levels_table() -> str:
+    """The table of `docs/architecture.md`: every level from the bottom up, with its modules and folders."""
+    rows = []
+    for number in sorted(set(LEVELS.values())):
+        names = [name.replace(".", "/") for name, each in LEVELS.items() if each == number]
+        rows.append(f"level {number}  {'  '.join(names)}")
+    return "\n".join(rows)
+
+
 def tracked_files() -> list[str]:
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
@@ -123,6 +127,16 @@ def test_imports_point_down(name):
         is_down = level(target) < own or (level(target) == own > 0 and same_folder)
         owns = name == target.rpartition(".")[0]  # a folder's __init__ may name its own modules
         assert is_down or owns, f"{name} (level {own}) imports {target} (level {level(target)})"
+
+
+def test_every_level_is_of_something_that_exists():
+    folders = {".".join(name.split(".")[:end]) for name in FILES for end in range(1, name.count(".") + 2)}
+    assert set(LEVELS) <= set(FILES) | folders
+
+
+def test_the_architecture_page_shows_these_levels():
+    page = ARCHITECTURE.read_text(encoding="utf-8")
+    assert f"```\n{levels_table()}\n```" in page, "run: python -m tests.test_architecture"
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -222,3 +236,13 @@ def test_tests_cannot_reach_the_network():
         socket.getaddrinfo("example.com", 80)
     with socket.create_server(("127.0.0.1", 0)) as server:
         socket.create_connection(server.getsockname(), timeout=5).close()
+
+
+if __name__ == "__main__":
+    written = re.sub(
+        r"```\nlevel 0.*?\n```",
+        f"```\n{levels_table()}\n```",
+        ARCHITECTURE.read_text("utf-8"),
+        flags=re.DOTALL,
+    )
+    ARCHITECTURE.write_text(written, encoding="utf-8")
