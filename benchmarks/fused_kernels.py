@@ -111,7 +111,7 @@ def main() -> None:
 
 def operations(shape: Shape, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> list[Operation]:
     """The memory-bound operations of a block."""
-    from sana_sprint.kernels import attention, convolution, norms
+    from sana_sprint.backends.cuda.kernels import attention, convolution, norms
 
     grid = (shape.side, shape.side)
     like = partial(torch.randn, device=device, dtype=dtype)

@@ -41,8 +41,8 @@ from gpu_world import TINY_TRANSFORMER, World, make_world
 from quantized import megabytes
 
 from sana_sprint import SanaSprintControlNetPipeline
-from sana_sprint.kernels.fused import use_fused_kernels
-from sana_sprint.kernels.graphs import CallGraphs, StepGraphs
+from sana_sprint.backends.cuda.graphs import CallGraphs, StepGraphs
+from sana_sprint.backends.cuda.transformer import use_fused_kernels
 from sana_sprint.models.controlnet import SanaControlNetModel
 from sana_sprint.quantize import PRESETS
 from sana_sprint.quantize.models import quantize_model

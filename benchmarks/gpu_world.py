@@ -14,7 +14,7 @@ from full_size import AUTOENCODER, PROMPT, TRANSFORMER, random_weights
 from text_encoding import random_gemma, word_tokenizer
 
 from sana_sprint import SanaSprintPipeline
-from sana_sprint.kernels.graphs import CallGraphs, StepGraphs
+from sana_sprint.backends.cuda.graphs import CallGraphs, StepGraphs
 from sana_sprint.models.autoencoder import AutoencoderConfig, AutoencoderDC
 from sana_sprint.models.transformer import SanaTransformer2DModel, TransformerConfig
 from sana_sprint.sampling import SCMScheduler

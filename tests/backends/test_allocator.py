@@ -7,13 +7,13 @@ import threading
 
 import pytest
 
-from sana_sprint import allocator
-from sana_sprint.allocator import freed_memory_kept
+from sana_sprint.backends.cpu import allocator
+from sana_sprint.backends.cpu.allocator import freed_memory_kept
 
 # In a process of its own: the test runner's heap has holes. Tensors above glibc's own 32 MiB, and what zeroing them cost.
 MEASURE = """
 import resource, torch
-from sana_sprint.allocator import _glibc, freed_memory_kept
+from sana_sprint.backends.cpu.allocator import _glibc, freed_memory_kept
 torch.set_num_threads(1)
 def faults(kept):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -7,7 +7,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from sana_sprint import SanaSprintControlNetPipeline
-from sana_sprint.kernels.graphs import TOKENS, CallGraphs, StepGraphs
+from sana_sprint.backends.cuda.graphs import TOKENS, CallGraphs, StepGraphs
 from sana_sprint.models.controlnet import SanaControlNetModel
 from sana_sprint.prompts import COMPLEX_HUMAN_INSTRUCTION
 from tests.helpers.graphs import FakeRecorder

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sana_sprint.kernels import fused
+from sana_sprint.backends.cuda import transformer as fused
 from sana_sprint.models.autoencoder import AutoencoderConfig, AutoencoderDC
 from sana_sprint.models.dc_blocks import ChannelRMSNorm, Fusible
 from sana_sprint.models.layers import GatedConvFeedForward, LinearSelfAttention, RMSNorm, modulate
@@ -23,12 +23,12 @@ from tests.helpers.text import tiny_text_encoder
 
 pytest.importorskip("triton", reason="fused kernels need Triton")
 
-from sana_sprint.kernels import norms, pixels
-from sana_sprint.kernels.attention import linear_attention
-from sana_sprint.kernels.convolution import depthwise5, gated_depthwise
-from sana_sprint.kernels.fused_pixels import use_fused_pixels
-from sana_sprint.kernels.fused_text import use_fused_norms
-from sana_sprint.kernels.norms import gated_sum, modulated_norm, rms_norm
+from sana_sprint.backends.cuda.autoencoder import use_fused_pixels
+from sana_sprint.backends.cuda.kernels import norms, pixels
+from sana_sprint.backends.cuda.kernels.attention import linear_attention
+from sana_sprint.backends.cuda.kernels.convolution import depthwise5, gated_depthwise
+from sana_sprint.backends.cuda.kernels.norms import gated_sum, modulated_norm, rms_norm
+from sana_sprint.backends.cuda.text_encoder import use_fused_norms
 from sana_sprint.quantize import rounding
 from sana_sprint.quantize.layers import QuantizedLinear
 
@@ -72,7 +72,7 @@ def test_rms_norm(dtype):
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_attention(dtype, qk_norm, monkeypatch):
-    monkeypatch.setattr("sana_sprint.kernels.attention.TOKENS_PER_SPLIT", 16)
+    monkeypatch.setattr("sana_sprint.backends.cuda.kernels.attention.TOKENS_PER_SPLIT", 16)
     num_heads, tokens = 2, 21  # two splits, the second of them half empty; 12 channels a head, padded to 16
     layer = LinearSelfAttention(D, D, num_heads, bias=False, qk_norm=qk_norm, dropout=0.0)
     randomize(layer)

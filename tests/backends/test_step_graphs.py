@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 
-from sana_sprint.kernels.graphs import TOKENS, StepGraphs
+from sana_sprint.backends.cuda.graphs import TOKENS, StepGraphs
 from sana_sprint.models.transformer import SanaTransformer2DModel, TransformerConfig
 from sana_sprint.pipelines.text_to_image import SanaSprintPipeline
 from tests.helpers.graphs import FakeRecorder

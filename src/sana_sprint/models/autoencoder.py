@@ -119,8 +119,10 @@ class AutoencoderDC(nn.Module):
         self.spatial_compression_ratio: int = 2 ** (len(config.encoder_block_out_channels) - 1)
         self.use_slicing = False
         self.tiling: Tiling | None = None
-        self.graphs: Callable[..., Tensor | None] | None = None  # see `sana_sprint.kernels.graphs.CallGraphs`
-        self.is_fused = False  # see `sana_sprint.kernels.fused_pixels`
+        self.graphs: Callable[..., Tensor | None] | None = (
+            None  # see `sana_sprint.backends.cuda.graphs.CallGraphs`
+        )
+        self.is_fused = False  # see `sana_sprint.backends.cuda.autoencoder`
 
     @property
     def dtype(self) -> torch.dtype:

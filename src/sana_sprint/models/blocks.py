@@ -186,7 +186,7 @@ class SanaTransformerBlock(nn.Module):
     """Linear self-attention, cross-attention (neither normalised nor gated), gated convolutional feed-forward.
 
     `fused`, if set, is asked first: with the block and the arguments of `forward` it gives the same result faster, or
-    None where it does not apply; see `sana_sprint.kernels`.
+    None where it does not apply; see `sana_sprint.backends.cuda`.
     """
 
     fused: Callable[..., Tensor | None] | None = None
@@ -243,7 +243,7 @@ class SanaBlocks(nn.Module):
 
     `gradient_checkpointing` True recomputes each block in the backward pass instead of keeping its activations.
     `graphs`, if set, are asked first, and give the same results with one launch, or None where they do not apply; see
-    `sana_sprint.kernels.graphs`.
+    `sana_sprint.backends.cuda.graphs`.
     `has_embedders` False leaves the embedders out: those methods that need them are then another model's to answer.
     """
 

@@ -45,7 +45,7 @@ class Fusible(nn.Module):
     """A layer of which a part may run as a fused kernel.
 
     `fused`, if set, is asked first: with the layer and that part's arguments it gives the same result faster, or None
-    where it does not apply; see `sana_sprint.kernels.fused_pixels`.
+    where it does not apply; see `sana_sprint.backends.cuda.autoencoder`.
     """
 
     fused: Callable[..., Tensor | None] | None = None

@@ -82,7 +82,7 @@ class PromptEncoder:
     once per call, for the whole batch, and gradients flow through it. With gradient checkpointing, which
     allows no cache, whole sequences are run.
 
-    If the model has an attribute `graphs`, prompts go through it, see `sana_sprint.kernels.graphs.CallGraphs`.
+    If the model has an attribute `graphs`, prompts go through it, see `sana_sprint.backends.cuda.graphs.CallGraphs`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, text_encoder: Gemma2Model) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from sana_sprint.kernels.fused import use_fused_kernels
-from sana_sprint.kernels.fused_pixels import use_fused_pixels
-from sana_sprint.kernels.fused_text import use_fused_norms
-from sana_sprint.kernels.graphs import DEFAULT_LIMIT, CallGraphs, StepGraphs
+from sana_sprint.backends.cuda.autoencoder import use_fused_pixels
+from sana_sprint.backends.cuda.graphs import DEFAULT_LIMIT, CallGraphs, StepGraphs
+from sana_sprint.backends.cuda.text_encoder import use_fused_norms
+from sana_sprint.backends.cuda.transformer import use_fused_kernels
 
 
 class AccelerationMethods:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sana_sprint.allocator import freed_memory_kept
+from sana_sprint.backends.cpu.allocator import freed_memory_kept
 from sana_sprint.numerics import check_dtype, draw_noise, dtype_name, finite_checks_later
 from sana_sprint.pipelines.base import BasePipeline
 from sana_sprint.pipelines.callbacks import StepCallback, StepHook, check_tensor_inputs

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sana_sprint.kernels.norms import inverse_rms
+from sana_sprint.backends.cuda.kernels.norms import inverse_rms
 
 TOKENS_PER_SPLIT = 256  # at batch 1 and 1024 tokens, 70 heads alone would leave half of a large GPU idle
 MOST_SPLITS = 16  # every block of queries reads the sums of all

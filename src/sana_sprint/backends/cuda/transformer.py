@@ -110,7 +110,7 @@ def _run(
     bias: Tensor | None,
     grid: tuple[int, int],
 ) -> Tensor:
-    from sana_sprint.kernels.norms import gated_sum, modulated_norm
+    from sana_sprint.backends.cuda.kernels.norms import gated_sum, modulated_norm
 
     parts = block.scale_shift_table + modulation  # (B,6,D)
     shift1, scale1, gate1, shift2, scale2, gate2 = parts.unbind(1)
@@ -122,7 +122,7 @@ def _run(
 
 
 def _self_attention(layer: LinearSelfAttention, x: Tensor) -> Tensor:
-    from sana_sprint.kernels.attention import linear_attention
+    from sana_sprint.backends.cuda.kernels.attention import linear_attention
 
     q, k = layer.norm_q, layer.norm_k
     norms = (q.weight, k.weight, q.eps) if isinstance(q, RMSNorm) and isinstance(k, RMSNorm) else None
@@ -147,7 +147,7 @@ def _cross_attention(
 
 
 def _normed(norm: nn.Module, x: Tensor) -> Tensor:
-    from sana_sprint.kernels.norms import rms_norm
+    from sana_sprint.backends.cuda.kernels.norms import rms_norm
 
     if isinstance(norm, RMSNorm):
         return rms_norm(x, norm.weight, norm.eps)
@@ -156,7 +156,7 @@ def _normed(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def _feed_forward(layer: GatedConvFeedForward, x: Tensor, grid: tuple[int, int]) -> Tensor:
-    from sana_sprint.kernels.convolution import gated_depthwise
+    from sana_sprint.backends.cuda.kernels.convolution import gated_depthwise
 
     hidden = pointwise(layer.conv_inverted, x)
     bias = layer.conv_depth.bias

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sana_sprint.kernels import fused
+from sana_sprint.backends.cuda import transformer as fused
 from sana_sprint.models.autoencoder import AutoencoderDC
 from sana_sprint.models.dc_blocks import (
     ATTENTION_EPS,
@@ -58,7 +58,7 @@ def _norm(
     norm: ChannelRMSNorm, change: Tensor, x: Tensor | None = None, activation: nn.Module | None = None
 ) -> Tensor | None:
     """The norm, added to x, and activated."""
-    from sana_sprint.kernels.pixels import rms_norm
+    from sana_sprint.backends.cuda.kernels.pixels import rms_norm
 
     if not applies(change) or not (x is None or applies(x)):
         return None
@@ -71,7 +71,7 @@ def _norm(
 def _upsample(
     block: UpBlock, x: Tensor, kernels: Tensor, bias: Tensor | None, repeats: int | None
 ) -> Tensor | None:
-    from sana_sprint.kernels.pixels import interleave
+    from sana_sprint.backends.cuda.kernels.pixels import interleave
 
     if not applies(x):
         return None
@@ -82,7 +82,7 @@ def _upsample(
 
 def _activate(block: ResBlock, x: Tensor) -> Tensor | None:
     """The first convolution and its activation."""
-    from sana_sprint.kernels.pixels import silu
+    from sana_sprint.backends.cuda.kernels.pixels import silu
 
     conv = block.conv1
     if not applies(x) or not isinstance(block.nonlinearity, nn.SiLU) or not isinstance(conv, nn.Conv2d):
@@ -95,7 +95,7 @@ def _activate(block: ResBlock, x: Tensor) -> Tensor | None:
 
 def _gate(layer: GatedConv, x: Tensor) -> Tensor | None:
     """What comes between the 1x1 convolutions: (B,C,H,W) -> (B,hidden,H,W)."""
-    from sana_sprint.kernels.convolution import gated_depthwise
+    from sana_sprint.backends.cuda.kernels.convolution import gated_depthwise
 
     bias = layer.conv_depth.bias
     if not applies(x) or bias is None:
@@ -109,7 +109,7 @@ def _gate(layer: GatedConv, x: Tensor) -> Tensor | None:
 
 def _mix(layer: MultiscaleLinearAttention, qkv: Tensor) -> Tensor | None:
     """Attention of all scales, (B,3*inner,H,W) -> (B,N,scales*inner)."""
-    from sana_sprint.kernels.attention import attend_heads
+    from sana_sprint.backends.cuda.kernels.attention import attend_heads
 
     dim = layer.head_dim  # E
     if not applies(qkv) or dim > fused.LARGEST_HEAD_DIM:
@@ -135,7 +135,7 @@ def _mix(layer: MultiscaleLinearAttention, qkv: Tensor) -> Tensor | None:
 
 
 def _aggregate(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    from sana_sprint.kernels.convolution import depthwise5
+    from sana_sprint.backends.cuda.kernels.convolution import depthwise5
 
     if conv.kernel_size == (5, 5):
         with fused.on_device(x):

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from sana_sprint.kernels import fused
+from sana_sprint.backends.cuda import transformer as fused
 
 _NORM = "Gemma2RMSNorm"
 
@@ -32,7 +32,7 @@ def use_fused_norms(model: nn.Module, enabled: bool) -> None:
 
 
 def _norm(module: nn.Module, x: Tensor) -> Tensor:
-    from sana_sprint.kernels.norms import rms_norm
+    from sana_sprint.backends.cuda.kernels.norms import rms_norm
 
     weight, eps = module.weight, module.eps
     assert isinstance(weight, Tensor)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sana_sprint.kernels.convolution import _silu
+from sana_sprint.backends.cuda.kernels.convolution import _silu
 
 _TILE = 4096  # numbers that a program holds at a time
 

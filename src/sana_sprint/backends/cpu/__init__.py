@@ -1,0 +1,1 @@
+"""For inference on a CPU."""

@@ -1,0 +1,1 @@
+"""Triton kernels. They import Triton, and nothing of the models."""
