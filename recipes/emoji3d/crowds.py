@@ -15,7 +15,7 @@ from PIL import Image
 
 from recipes.emoji3d.artwork import HUES, STYLES, data_folder, sprite, takes_hue
 from recipes.emoji3d.backgrounds import draw_background, sample_background
-from recipes.emoji3d.concepts import everyday
+from recipes.emoji3d.concepts import concepts
 
 _CODE_POINT = re.compile("[0-9a-f]{2,5}")
 _SKIN_TONES = {chr(code) for code in range(0x1F3FB, 0x1F400)}
@@ -50,7 +50,7 @@ def picture_256(index: int) -> np.ndarray:
 def _draw(rng: random.Random) -> tuple[str, str]:
     """An emoji and a style; the font lacks some of what was fetched."""
     if rng.random() < 2 / 3:
-        return rng.choice(everyday()).emoji, rng.choice(STYLES)
+        return rng.choice(concepts("everyday")).emoji, rng.choice(STYLES)
     return rng.choice(_fetched()), "3D"
 
 

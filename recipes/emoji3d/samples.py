@@ -1,0 +1,61 @@
+"""Samples by number, as training and evaluation take them: pictures with captions, and prompts with their scenes."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+
+from recipes.emoji3d.captions import Caption, describe, must_name
+from recipes.emoji3d.scenes import TASKS, Scene, render, sample_scene
+
+NUM_CAPTIONS = 6  # of each training picture
+_FIRST_EVALUATION_SEED = 1_000_000_000_000  # beyond every training and validation index
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A held-out caption, and the scene that it is about."""
+
+    scene: Scene
+    caption: Caption
+
+    @property
+    def text(self) -> str:
+        """What a model is given."""
+        return self.caption.text
+
+
+def everyday_128(index: int) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Sample `index` of the small chain: (uint8 (128,128,3), captions), from the training split."""
+    return _sample(index, "everyday", 128)
+
+
+def all_256(index: int) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Sample `index` of the large chain: (uint8 (256,256,3), captions), from the training split."""
+    return _sample(index, "all", 256)
+
+
+def evaluation_prompts(count: int = 600, *, tier: str = "everyday", wording: str = "known") -> list[Prompt]:
+    """The held-out prompts that models are scored on, always the same: every task in turn.
+
+    Args:
+        count: how many.
+        tier: whose concepts.
+        wording: one of `captions.WORDINGS`; scenes are the same for each.
+    """
+    prompts = []
+    for number in range(count):
+        seed, task = _FIRST_EVALUATION_SEED + number // len(TASKS), TASKS[number % len(TASKS)]
+        scene = sample_scene(seed, tier=tier, held_out=True, task=task)
+        rng = random.Random(f"prompt3d-{number}")
+        prompts.append(Prompt(scene, describe(scene, rng, wording=wording, must_name=must_name(task))))
+    return prompts
+
+
+def _sample(index: int, tier: str, side: int) -> tuple[np.ndarray, tuple[str, ...]]:
+    scene = sample_scene(index, tier=tier)
+    rng = random.Random(f"captions3d-{index}")
+    captions = tuple(describe(scene, rng).text for _ in range(NUM_CAPTIONS))
+    return np.asarray(render(scene, side)), captions
