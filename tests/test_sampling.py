@@ -82,7 +82,7 @@ def test_custom_times_decide_the_number_of_steps(given_times):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_steps": 0}, "at least 1, got: 0"),
+        ({"num_steps": 0}, "from 1 to 10000, got: 0"),
         ({"num_steps": 2.0}, "whole number, got: 2.0"),
         ({"num_steps": 1, "max_timesteps": 1.6}, "max_timesteps .* got: 1.6"),
         ({"num_steps": 1, "max_timesteps": 0}, "max_timesteps .* got: 0"),

@@ -307,7 +307,10 @@ def dilate(lines: Tensor, size: int) -> Tensor:
         return lines
     before = (size - 1) // 2
     padded = F.pad(lines[None, None], (before, size - 1 - before) * 2, value=-math.inf)
-    return F.max_pool2d(padded, size, stride=1)[0, 0]
+    rows = F.max_pool2d(
+        padded, (1, size), stride=1
+    )  # the largest of a square is the largest of its rows' largest
+    return F.max_pool2d(rows, (size, 1), stride=1)[0, 0]
 
 
 def erode(lines: Tensor, size: int) -> Tensor:

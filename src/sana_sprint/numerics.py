@@ -173,13 +173,22 @@ def image_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     if isinstance(seed, Sequence):
         if len(seed) != count:
             raise ValueError(f"seed must be one number or one per image, {count} here; got: {seed!r}")
-        seeds = [_whole(value) for value in seed]
-    else:
-        first = _whole(seed)
-        seeds = [first + i for i in range(count)]
-    if wrong := [value for value in seeds if not 0 <= value <= MAX_SEED]:
-        raise ValueError(f"a seed must be from 0 to 2**64 - 1 (None for a random one), got: {wrong[0]}")
-    return seeds
+        return [check_seed(value) for value in seed]
+    first = check_seed(seed, count)
+    return list(range(first, first + count))
+
+
+def check_seed(seed: object, count: int = 1) -> int:
+    """Returns `seed` as an int if it and the `count` - 1 numbers after it are seeds. Takes the same time for any count.
+
+    Raises:
+        ValueError: for what is no whole number, or outside 0 to 2**64 - 1.
+    """
+    first = _whole(seed)
+    for value in (first, first + count - 1):
+        if not 0 <= value <= MAX_SEED:
+            raise ValueError(f"a seed must be from 0 to 2**64 - 1 (None for a random one), got: {value}")
+    return first
 
 
 def _whole(seed: object) -> int:

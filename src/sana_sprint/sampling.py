@@ -23,6 +23,7 @@ from sana_sprint.numerics import draw_noise
 from sana_sprint.trigflow import SIGMA_DATA, T_MAX, Denoiser, add_noise, to_clean
 
 # SANA-Sprint table 7: the times found by search, one after the other, for both published sizes.
+MAX_STEPS = 10_000  # a list of times is made of any number up to it
 T_FIRST = 1.5683  # arctan(200/sigma_d), for 2 and 4 steps
 PRESETS: dict[int, tuple[float, ...]] = {
     1: (T_MAX, 0.0),
@@ -94,8 +95,8 @@ def _check_num_steps(num_steps: int) -> int:
         count = operator.index(num_steps)
     except TypeError:
         raise ValueError(f"the number of steps must be a whole number, got: {num_steps!r}") from None
-    if count < 1:
-        raise ValueError(f"the number of steps must be at least 1, got: {count}")
+    if not 1 <= count <= MAX_STEPS:
+        raise ValueError(f"the number of steps must be from 1 to {MAX_STEPS}, got: {count}")
     return count
 
 

@@ -404,6 +404,8 @@ def test_resizing_is_told():
         (["cat", "--steps", "two"], "--steps"),
         (["cat", "--steps", "1.5"], "--steps"),
         (["cat", "-n", "0"], "got: 0"),
+        (["cat", "-n", str(10**12)], f"got: {10**12}"),
+        (["cat", "--steps", str(10**12)], f"got: {10**12}"),
         (["cat", "--seed", "-2"], "got: -2"),
         (["cat", "--seed", str(2**64)], str(2**64)),
         (["cat", "--seed", str(2**64 - 1), "-n", "2"], str(2**64)),

@@ -38,7 +38,7 @@ EMBEDS, MASK = torch.zeros(2, 3, 32), torch.ones(2, 3)
         ({"prompt": []}, "at least one string"),
         ({"prompt": 3}, "got: 3"),
         ({"prompt": ["a", None]}, "got: None"),
-        ({"prompt": "a", "num_inference_steps": 0}, "at least 1, got: 0"),
+        ({"prompt": "a", "num_inference_steps": 0}, "from 1 to 10000, got: 0"),
         ({"prompt": "a", "num_images_per_prompt": 0}, "num_images_per_prompt .* got: 0"),
         ({"prompt": "a", "num_images_per_prompt": 1.5}, "num_images_per_prompt .* got: 1.5"),
         ({"prompt": "a", "guidance_scale": [1, 2, 3]}, "one number, one per prompt .* got: 3"),

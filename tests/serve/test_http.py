@@ -148,6 +148,7 @@ def test_formats_and_data_urls(http: httpx2.Client, output_format: str, kind: st
         ({"prompt": " \n"}, 400, "empty_prompt"),
         ({"prompt": "a" * 41}, 400, "over_limit"),
         ({"n": 4}, 400, "over_limit"),
+        ({"n": 10**12, "seed": 1}, 400, "over_limit"),  # no list of that length is made
         ({"steps": 5}, 400, "over_limit"),
         ({"size": "129x128"}, 400, "over_limit"),
         ({"seed": 2**64 - 1}, 422, "invalid_value"),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 from collections.abc import Iterator
-from concurrent.futures import wait
 from contextlib import contextmanager
 from typing import Any
 
@@ -139,8 +139,10 @@ def test_a_page_that_goes_takes_its_job_along() -> None:
         ask(socket, HELLO)
         socket.send(pack(draw(1)))
         engine.wait_for_job()
+        ended = threading.Event()
+        engine.jobs[0].future.add_done_callback(lambda _: ended.set())
         socket.close()
-        wait([engine.jobs[0].future], WAIT_S)
+        assert ended.wait(WAIT_S)
     assert engine.jobs[0].status == "cancelled"
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 # 8192 x 8192, four times the largest published picture: a slip of the finger must not fill the memory.
 MAX_PIXELS = 2**26
+MAX_IMAGES = 100_000  # of each prompt
 RANDOM_SEED = -1
 SIZE_HINT = "a size is --size 512 or --size 640x480 (width x height), at most 8192x8192 pixels"
 SHOWN_PROMPT = 60  # letters of a prompt in a remark
@@ -146,19 +147,17 @@ def plan(
 ) -> Task:
     """A task from a command's options of these names; raises UsageError for what cannot be done."""
     texts = gather_prompts(prompts or [], file)
-    repeated = [text for text in texts for _ in range(_at_least_one(num_images))]
+    if not 1 <= num_images <= MAX_IMAGES:  # before anything of that size is made
+        raise UsageError(
+            f"--num-images must be from 1 to {MAX_IMAGES}, got: {num_images}", hint="leave it out for one"
+        )
+    repeated = [text for text in texts for _ in range(num_images)]
     check_target(output, len(repeated))
     jobs = list(zip(repeated, _seeds(seed, len(repeated)), strict=True))
     return Task(texts, jobs, output, as_json)
 
 
 # ----- the options' values, checked before anything is loaded ---------------------------------------------------------
-
-
-def _at_least_one(num_images: int) -> int:
-    if num_images < 1:
-        raise UsageError(f"--num-images must be at least 1, got: {num_images}", hint="leave it out for one")
-    return num_images
 
 
 def call_arguments(

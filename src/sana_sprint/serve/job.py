@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from sana_sprint.conditions import check_kind
-from sana_sprint.numerics import image_seeds
+from sana_sprint.numerics import check_seed, image_seeds
 from sana_sprint.resolutions import Size
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class ImageRequest:
             if value is not None and not 0 <= value < math.inf:  # false for NaN too
                 raise ValueError(f"{name} must be finite and at least 0, got: {value!r}")
         if self.seed is not None:
-            image_seeds(self.seed, self.n)
+            check_seed(self.seed, self.n)  # the seeds are listed once the server's limit on n was checked
         check_kind(self.control_kind)
         image = self.image
         if image is not None and not (
