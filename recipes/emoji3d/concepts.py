@@ -132,6 +132,12 @@ def named(name: str) -> Concept:
     return found
 
 
+@cache
+def tier_of(concept: Concept) -> str:
+    """The smallest tier that `concepts` takes and that has this concept."""
+    return TIERS[0] if concept in concepts(TIERS[0]) else "all"
+
+
 def plural(noun: str) -> str:
     """The plural of a noun and what follows it: "glass of milk" -> "glasses of milk", "fish" -> "fish"."""
     ending = _AFTER_NOUN.search(f"{noun} ")

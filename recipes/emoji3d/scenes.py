@@ -160,7 +160,7 @@ def _draw(task: str, tier: str, rng: random.Random) -> Scene:
         colors = [color for color in (background.first, background.second) if color]
         seen = {kind.concept.emoji: kind.hue for kind in kinds}
         if all(is_visible(emoji, style, hue, color) for emoji, hue in seen.items() for color in colors):
-            return Scene(task, style, _place(kinds, relation, rng), background, relation)
+            return Scene(task, style, arrange(kinds, relation, rng), background, relation)
         if rng.random() < 0.05:  # something that vanishes on nearly everything
             kinds, relation = _content(task, tier, style, rng)
 
@@ -211,8 +211,8 @@ def _counted(every: tuple[Concept, ...], style: str, rng: random.Random) -> list
     return [first] * more + [other] * (count - more)
 
 
-def _place(kinds: list[Kind], relation: str | None, rng: random.Random) -> tuple[Thing, ...]:
-    """Things at free places; sizes shrink a little each time that no place is found."""
+def arrange(kinds: list[Kind], relation: str | None, rng: random.Random) -> tuple[Thing, ...]:
+    """Draws free places and sizes for kinds, in order; sizes shrink a little each time that no place is found."""
     shrink = 1.0
     while True:
         sizes = [_size(kind, len(kinds), relation, rng) * shrink for kind in kinds]
