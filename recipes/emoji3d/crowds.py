@@ -37,16 +37,6 @@ def crowd(index: int, side: int) -> np.ndarray:
     return np.asarray(canvas)
 
 
-def picture_128(index: int) -> np.ndarray:
-    """Autoencoder sample `index` of the small chain."""
-    return crowd(index, 128)
-
-
-def picture_256(index: int) -> np.ndarray:
-    """Autoencoder sample `index` of the large chain."""
-    return crowd(index, 256)
-
-
 def _draw(rng: random.Random) -> tuple[str, str]:
     """An emoji and a style; the font lacks some of what was fetched."""
     if rng.random() < 2 / 3:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from recipes.emoji3d.captions import Caption, describe, must_name
+from recipes.emoji3d.crowds import crowd
 from recipes.emoji3d.scenes import TASKS, Scene, render, sample_scene
 
 NUM_CAPTIONS = 6  # of each training picture
@@ -37,6 +38,16 @@ def all_256(index: int) -> tuple[np.ndarray, tuple[str, ...]]:
     return _sample(index, "all", 256)
 
 
+def autoencoder_128(index: int) -> np.ndarray:
+    """Autoencoder sample `index` of the small chain: two scenes for each crowd. uint8 (128,128,3)."""
+    return _autoencoder_picture(index, "everyday", 128)
+
+
+def autoencoder_256(index: int) -> np.ndarray:
+    """Autoencoder sample `index` of the large chain. uint8 (256,256,3)."""
+    return _autoencoder_picture(index, "all", 256)
+
+
 def evaluation_prompts(count: int = 600, *, tier: str = "everyday", wording: str = "known") -> list[Prompt]:
     """The held-out prompts that models are scored on, always the same: every task in turn.
 
@@ -52,6 +63,12 @@ def evaluation_prompts(count: int = 600, *, tier: str = "everyday", wording: str
         rng = random.Random(f"prompt3d-{number}")
         prompts.append(Prompt(scene, describe(scene, rng, wording=wording, must_name=must_name(task))))
     return prompts
+
+
+def _autoencoder_picture(index: int, tier: str, side: int) -> np.ndarray:
+    if index % 3 == 0:
+        return crowd(index, side)
+    return np.asarray(render(sample_scene(index, tier=tier), side))
 
 
 def _sample(index: int, tier: str, side: int) -> tuple[np.ndarray, tuple[str, ...]]:
