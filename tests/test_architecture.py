@@ -30,7 +30,7 @@ LEVELS = {
     "models.frugal": 0,
     "models": 1,
     "sampling": 1,
-    "conditions": 1,
+    "controls": 1,
     "backends": 2,
     "lora": 2,
     "weights": 2,

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from recipes.emoji import vocabulary as words
 from recipes.emoji.scenes import NUM_CAPTIONS, SIZE, Placed, Scene, caption_of, describe, is_held_out, render
-from sana_sprint.conditions import blur, canny, dilate, erode, soft_edges
+from sana_sprint.controls import blur, canny, dilate, erode, soft_edges
 
 MARGIN = 2  # pixels between an object and the picture's edge
 SIZES_OF_ONE, SIZES_OF_TWO = (48, 92), (46, 58)  # pixels

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from sana_sprint import SanaSprintControlNetPipeline, SanaSprintPipeline
-from sana_sprint.conditions import condition
+from sana_sprint.controls import condition
 from sana_sprint.images import to_pil
 from sana_sprint.models.controlnet import ControlNetConfig, SanaControlNetModel
 from sana_sprint.numerics import NonFiniteError

@@ -19,8 +19,8 @@ from sana_sprint.pipelines.text_to_image import SanaSprintPipeline
 from sana_sprint.quantize import PRESETS, parse_request
 from sana_sprint.quantize.formats import decode, encode
 from sana_sprint.quantize.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear, QuantizedPhases
+from sana_sprint.quantize.matmul import int8_rows
 from sana_sprint.quantize.models import _has_vnni, quantize_model
-from sana_sprint.quantize.products import int8_rows
 from tests.helpers.autoencoders import tiny_autoencoder
 from tests.helpers.cli import assert_refused, call, succeed
 

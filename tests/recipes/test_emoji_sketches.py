@@ -16,7 +16,7 @@ from recipes.emoji.control_evaluate import NEAR, scored, sketch, verdict
 from recipes.emoji.matcher import Found
 from recipes.emoji.scenes import NUM_CAPTIONS, SIZE, Placed, Scene, artwork, is_held_out, render, sample_scene
 from recipes.emoji.sketches import MARGIN, condition, drawing, free_scene, training_scene
-from sana_sprint import conditions
+from sana_sprint import controls
 
 TRAINING = [free_scene(seed) for seed in range(2000)]
 HELD_OUT = [free_scene(seed, held_out=True) for seed in range(400)]
@@ -140,7 +140,7 @@ def test_a_sketch_is_seen_as_it_was_trained_on(emoji_font) -> None:
     """The public way from black strokes on white to a condition ends at the lines of training."""
     for number, scene in enumerate(HELD_OUT[:6]):
         lines = drawing(np.asarray(render(scene)), random.Random(f"sketch-{number}"))
-        seen = conditions.condition(sketch(scene, number), "scribble", SIZE, SIZE)
+        seen = controls.condition(sketch(scene, number), "scribble", SIZE, SIZE)
         assert torch.equal((seen[0, 0] > 0).float(), lines)
 
 

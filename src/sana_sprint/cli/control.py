@@ -132,7 +132,7 @@ def _following(
     image: Path, kind: str, thickness: int | None, scale: float, start: float, end: float
 ) -> dict[str, Any]:
     """The arguments about the picture, which is read once here for all calls."""
-    from sana_sprint.conditions import check_kind, condition, open_picture
+    from sana_sprint.controls import check_kind, condition, open_picture
 
     wanted = None if kind == READY else kind
     checked(lambda: check_kind(wanted, thickness), hint=KIND_HINT)

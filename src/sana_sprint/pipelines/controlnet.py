@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sana_sprint.conditions import Picture, check_kind, condition_for
+from sana_sprint.controls import Picture, check_kind, condition_for
 from sana_sprint.images import to_pil
 from sana_sprint.models.controlnet import ControlContext, SanaControlNetModel
 from sana_sprint.models.transformer import CaptionContext
@@ -32,7 +32,7 @@ class SanaSprintControlNetPipeline(SanaSprintPipeline):
     A call has the arguments of `SanaSprintPipeline`'s, and these, by name:
         image: the picture to follow, as a PIL picture or the path of a file: one for all, one per prompt, or one per image
             (each prompt's images together). It fills the picture asked for; what stands over is cut off evenly.
-        kind: what to make of it, see `conditions.condition`: "scribble" for a drawing, "canny" or "softedge" for the edges
+        kind: what to make of it, see `controls.condition`: "scribble" for a drawing, "canny" or "softedge" for the edges
             of a picture, or with controlnet-aux "hed", "depth" and more. None: it already is what the model follows.
         thickness: of a scribble's lines, in pixels of the model; None keeps them as drawn.
         controlnet_conditioning_scale: how strictly to follow, from 0 (not at all, bit for bit) up.

@@ -9,6 +9,6 @@ nf4           the same at the levels of normally distributed weights (QLoRA, arX
 
 from sana_sprint.quantize.formats import PRESETS
 from sana_sprint.quantize.models import check_device, make_quantized, quantize_model
-from sana_sprint.quantize.requests import parse_request
+from sana_sprint.quantize.parse import parse_request
 
 __all__ = ["PRESETS", "check_device", "make_quantized", "parse_request", "quantize_model"]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sana_sprint.quantize.formats import PRESETS, decode, encode, storage
-from sana_sprint.quantize.products import fp8_rows, int8_convolution, int8_rows, pack, pack_convolution
+from sana_sprint.quantize.matmul import fp8_rows, int8_convolution, int8_rows, pack, pack_convolution
 
 
 class QuantizedLayer(nn.Module):

@@ -175,7 +175,7 @@ class TeacherRun(_FlowRun):
 class ControlConfig(_Section):
     """A branch that follows a picture, as copies of the transformer's first blocks: see `models/controlnet.py`."""
 
-    # What it follows: a kind of `sana_sprint.conditions` that needs no weights ("scribble", "canny", "softedge"), or
+    # What it follows: a kind of `sana_sprint.controls` that needs no weights ("scribble", "canny", "softedge"), or
     # "module:function", which maps a picture, uint8 (H,W,3), and its position in the set to a picture like it.
     condition: str
     num_copies: int = Field(default=7, ge=1)

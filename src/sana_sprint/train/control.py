@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sana_sprint import conditions
+from sana_sprint import controls
 from sana_sprint.images import to_pil
 from sana_sprint.models.controlnet import ControlContext, SanaControlNetModel
 from sana_sprint.models.transformer import (
@@ -138,7 +138,7 @@ class ConditionSource:
 
     Args:
         source: of the pictures.
-        name: a kind of `sana_sprint.conditions`, or "module:function" of a `MakeCondition`.
+        name: a kind of `sana_sprint.controls`, or "module:function" of a `MakeCondition`.
         size, multiple: of the aspect buckets that pictures are fitted to, see `data.pictures.fit_bucket`.
 
     Raises:
@@ -205,13 +205,13 @@ def _function(name: str) -> MakeCondition:
 
 
 def _of_kind(kind: str) -> MakeCondition:
-    conditions.check_kind(kind)
+    controls.check_kind(kind)
 
     def make(pixels: np.ndarray, position: int) -> np.ndarray:
         height, width = pixels.shape[:2]
         try:
-            condition = conditions.condition(Image.fromarray(pixels), kind, height, width)
-        except conditions.BlankPictureError:  # an even picture has no lines, and a branch may see that
+            condition = controls.condition(Image.fromarray(pixels), kind, height, width)
+        except controls.BlankPictureError:  # an even picture has no lines, and a branch may see that
             return np.zeros_like(pixels)
         return np.asarray(to_pil(condition)[0])
 

@@ -1,0 +1,31 @@
+"""The kinds of control picture, and when one is blank."""
+
+from __future__ import annotations
+
+
+class BlankPictureError(ValueError):
+    """A picture without lines or edges to follow."""
+
+
+MIN_CONTRAST = 24 / 255  # of ink to its canvas; compression alone makes a tenth of full contrast at most
+# Class in controlnet_aux of each kind that needs it.
+ANNOTATORS = {
+    "hed": "HEDdetector",
+    "depth": "MidasDetector",
+    "lineart": "LineartDetector",
+    "mlsd": "MLSDdetector",
+    "normal": "NormalBaeDetector",
+    "openpose": "OpenposeDetector",
+    "pidi": "PidiNetDetector",
+}
+KINDS = ("scribble", "canny", "softedge", *ANNOTATORS)
+
+
+def check_kind(kind: str | None, thickness: int | None = None) -> None:
+    """Raise ValueError for an unknown kind, and for a thickness that is none or that it has no use for."""
+    if kind is not None and kind not in KINDS:
+        raise ValueError(
+            f"kind must be one of {', '.join(KINDS)}, or None for a ready condition; got: {kind!r}"
+        )
+    if thickness is not None and (kind != "scribble" or thickness < 1):
+        raise ValueError(f"thickness is for scribbles and at least 1 pixel, got: {thickness} for {kind!r}")
