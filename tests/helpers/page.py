@@ -22,8 +22,8 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from sana_sprint.resolutions import Size
 from sana_sprint.serve.app import create_app
-from sana_sprint.serve.drawing import ModelFacts
-from sana_sprint.serve.job import Busy, ImageRequest, Job, Result
+from sana_sprint.serve.engine.batch import ModelFacts
+from sana_sprint.serve.engine.job import Busy, ImageRequest, Job, Result
 from sana_sprint.serve.settings import Settings
 
 WAIT_S = 60.0  # far more than anything here takes; a test that hangs is to fail

@@ -18,11 +18,11 @@ from starlette.concurrency import run_in_threadpool
 from sana_sprint import __version__
 from sana_sprint.serve.engine import Engine
 from sana_sprint.serve.errors import add_error_handlers
-from sana_sprint.serve.guard import Guard
-from sana_sprint.serve.images_api import images_routes
-from sana_sprint.serve.jobs_api import jobs_routes
 from sana_sprint.serve.metrics import CONTENT_TYPE
-from sana_sprint.serve.realtime import add_realtime
+from sana_sprint.serve.routes.images import images_routes
+from sana_sprint.serve.routes.jobs import jobs_routes
+from sana_sprint.serve.routes.realtime import add_realtime
+from sana_sprint.serve.security import Guard
 from sana_sprint.serve.service import Service
 from sana_sprint.serve.settings import Settings
 

@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 
 from sana_sprint.numerics import NonFiniteError
 from sana_sprint.pipelines.core import is_out_of_memory
-from sana_sprint.serve.job import Busy, Draining, ModelUnavailable
+from sana_sprint.serve.engine.job import Busy, Draining, ModelUnavailable
 
 RETRY_LATER_S = 5  # when the server restarts or its model is away
 

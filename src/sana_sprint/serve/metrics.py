@@ -12,7 +12,7 @@ from prometheus_client import (
 )
 
 from sana_sprint.serve.engine import BatchReport, Engine
-from sana_sprint.serve.job import Job
+from sana_sprint.serve.engine.job import Job
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)

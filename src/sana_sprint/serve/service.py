@@ -15,8 +15,8 @@ from starlette.requests import Request
 
 from sana_sprint.serve.engine import Engine, ImageRequest, Job, Result
 from sana_sprint.serve.errors import ApiError, as_api_error
+from sana_sprint.serve.images import encode, settings_of
 from sana_sprint.serve.metrics import Metrics
-from sana_sprint.serve.pictures import encode, settings_of
 from sana_sprint.serve.schema import Generation
 from sana_sprint.serve.settings import Settings
 

@@ -13,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 
 from sana_sprint.serve.engine import Job
 from sana_sprint.serve.errors import ApiError, as_api_error
-from sana_sprint.serve.pictures import decode_text
+from sana_sprint.serve.images import decode_text
 from sana_sprint.serve.schema import JobRequest
 from sana_sprint.serve.service import Service, call_in
 

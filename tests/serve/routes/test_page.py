@@ -13,7 +13,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webdriver import WebDriver
 
 from sana_sprint.images import infotext, read_settings, save_png
-from sana_sprint.serve.job import ImageRequest
+from sana_sprint.serve.engine.job import ImageRequest
 from sana_sprint.serve.settings import Settings
 from tests.helpers.page import FakeEngine, PageUser, browser, color_of, page_server
 

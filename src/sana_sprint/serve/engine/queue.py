@@ -19,21 +19,8 @@ from typing import Literal
 import torch
 
 from sana_sprint.pipelines.text_to_image import SanaSprintPipeline
-from sana_sprint.serve.drawing import ModelFacts, Pipelines, PromptCache, draw_jobs, shape
-from sana_sprint.serve.job import Busy, Draining, ImageRequest, Job, ModelUnavailable, Result
-
-__all__ = [
-    "BatchReport",
-    "Busy",
-    "Draining",
-    "Engine",
-    "ImageRequest",
-    "Job",
-    "ModelFacts",
-    "ModelUnavailable",
-    "Pipelines",
-    "Result",
-]
+from sana_sprint.serve.engine.batch import ModelFacts, Pipelines, PromptCache, draw_jobs, shape
+from sana_sprint.serve.engine.job import Busy, Draining, ImageRequest, Job, ModelUnavailable
 
 logger = logging.getLogger(__name__)
 

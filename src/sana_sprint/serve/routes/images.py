@@ -9,9 +9,9 @@ from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
-from sana_sprint.serve.drawing import NO_CONTROL
+from sana_sprint.serve.engine.batch import NO_CONTROL
 from sana_sprint.serve.errors import ApiError
-from sana_sprint.serve.pictures import decode_upload
+from sana_sprint.serve.images import decode_upload
 from sana_sprint.serve.schema import Edit, Generation
 from sana_sprint.serve.service import Service, check_fields, wait_for
 

@@ -12,8 +12,8 @@ from PIL import Image, UnidentifiedImageError
 
 from sana_sprint import __version__
 from sana_sprint.images import save_png, to_rgb
+from sana_sprint.serve.engine.job import Job, Result
 from sana_sprint.serve.errors import ApiError
-from sana_sprint.serve.job import Job, Result
 
 FORMATS = ("PNG", "JPEG", "WEBP")  # few decoders: each is a way in
 DEFAULT_QUALITY = 90

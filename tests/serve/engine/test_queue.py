@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from sana_sprint.numerics import NonFiniteError
-from sana_sprint.serve.drawing import PromptCache
 from sana_sprint.serve.engine import (
     Busy,
     Draining,
@@ -22,6 +21,7 @@ from sana_sprint.serve.engine import (
     ModelUnavailable,
     Pipelines,
 )
+from sana_sprint.serve.engine.batch import PromptCache
 from tests.helpers.serve import WAIT_S, assert_close, emoji, result_of, running_engine, watched_network
 
 POISON = 99.0  # a guidance scale that tests give to the request that is to fail

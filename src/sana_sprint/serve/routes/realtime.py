@@ -20,11 +20,11 @@ from pydantic import ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
 from sana_sprint.images import INFOTEXT_KEY, SETTINGS_KEY, infotext
-from sana_sprint.serve.drawing import ModelFacts
 from sana_sprint.serve.engine import Engine, ImageRequest, Job, Result
+from sana_sprint.serve.engine.batch import ModelFacts
 from sana_sprint.serve.errors import ApiError, as_api_error
-from sana_sprint.serve.page import add_page
-from sana_sprint.serve.pictures import decode_upload, encode, settings_of
+from sana_sprint.serve.images import decode_upload, encode, settings_of
+from sana_sprint.serve.routes.page import add_page
 from sana_sprint.serve.schema import Control, Generation
 from sana_sprint.serve.settings import Settings
 

@@ -15,7 +15,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
 from sana_sprint.images import read_settings
-from sana_sprint.serve.realtime import BAD_KEY, BAD_MESSAGE, PROTOCOL, TOO_LARGE, pack, unpack
+from sana_sprint.serve.routes.realtime import BAD_KEY, BAD_MESSAGE, PROTOCOL, TOO_LARGE, pack, unpack
 from sana_sprint.serve.settings import Settings
 from tests.helpers.page import WAIT_S, FakeEngine, color_of, page_server
 

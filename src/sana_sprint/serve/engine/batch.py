@@ -27,7 +27,7 @@ from sana_sprint.pipelines.prompting import Prompts
 from sana_sprint.pipelines.text_to_image import SanaSprintPipeline
 from sana_sprint.prompts import COMPLEX_HUMAN_INSTRUCTION, DEFAULT_MAX_SEQUENCE_LENGTH
 from sana_sprint.resolutions import Size
-from sana_sprint.serve.job import ImageRequest, Job, Result
+from sana_sprint.serve.engine.job import ImageRequest, Job, Result
 
 logger = logging.getLogger(__name__)
 

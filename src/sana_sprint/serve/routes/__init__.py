@@ -1,0 +1,1 @@
+"""The server's routes: OpenAI's images API, jobs, the page and its socket."""
