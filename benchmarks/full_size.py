@@ -85,7 +85,7 @@ def make_folder(folder: Path) -> None:
 
     from sana_sprint.models.autoencoder import AutoencoderConfig, AutoencoderDC
     from sana_sprint.models.transformer import SanaTransformer2DModel, TransformerConfig
-    from sana_sprint.sampling import SCMScheduler
+    from sana_sprint.scheduler import SCMScheduler
     from sana_sprint.train.student_stage import sprint_index
     from sana_sprint.weights import save_model, write_model_index
 

@@ -17,7 +17,7 @@ from sana_sprint import SanaSprintPipeline
 from sana_sprint.backends.cuda.graphs import CallGraphs, StepGraphs
 from sana_sprint.models.autoencoder import AutoencoderConfig, AutoencoderDC
 from sana_sprint.models.transformer import SanaTransformer2DModel, TransformerConfig
-from sana_sprint.sampling import SCMScheduler
+from sana_sprint.scheduler import SCMScheduler
 
 TINY_TRANSFORMER = {
     **TRANSFORMER,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sana_sprint.pipelines.controlnet import SanaSprintControlNetPipeline
     from sana_sprint.pipelines.output import SanaSprintOutput
     from sana_sprint.pipelines.text_to_image import SanaSprintPipeline
-    from sana_sprint.sampling import SCMScheduler
+    from sana_sprint.scheduler import SCMScheduler
     from sana_sprint.weights import WeightsError
 
 __version__ = "0.1.0"
@@ -36,7 +36,7 @@ __all__ = [
 _HOME = {
     "AutoencoderDC": "models.autoencoder",
     "PromptEncoder": "models.text_encoder",
-    "SCMScheduler": "sampling",
+    "SCMScheduler": "scheduler",
     "SanaControlNetModel": "models.controlnet",
     "SanaSprintControlNetPipeline": "pipelines.controlnet",
     "SanaSprintOutput": "pipelines.output",

@@ -1,26 +1,19 @@
-"""From noise to a clean latent in a few steps: times, the loop, and the published scheduler for hand-written loops.
+"""From noise to a clean latent in a few steps: times, and the loop.
 
-Everything but `SCMScheduler` lives in unit space, u = x_t/sigma_d (see `trigflow`). Times are TrigFlow angles as plain
-floats: a strictly decreasing list that ends in 0.0 and has one entry more than there are steps.
+Everything lives in unit space, u = x_t/sigma_d (see `trigflow`). Times are TrigFlow angles as plain floats: a strictly
+decreasing list that ends in 0.0 and has one entry more than there are steps.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import operator
-import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Sequence
 from itertools import pairwise
-from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sana_sprint.numerics import draw_noise
-from sana_sprint.trigflow import SIGMA_DATA, T_MAX, Denoiser, add_noise, to_clean
+from sana_sprint.trigflow import T_MAX, Denoiser, add_noise, to_clean
 
 # SANA-Sprint table 7: the times found by search, one after the other, for both published sizes.
 MAX_STEPS = 10_000  # a list of times is made of any number up to it
@@ -158,168 +151,14 @@ def sample(
     """
     u = noise
     for i, (t, t_next) in enumerate(pairwise(times)):
-        angle = _angles(t, u)
+        angle = angles(t, u)
         u = to_clean(u, denoiser(u, angle), angle)
         if t_next > 0:
-            u = add_noise(u, draw_noise(), _angles(t_next, u))
+            u = add_noise(u, draw_noise(), angles(t_next, u))
         changed = None if on_step is None else on_step(i, t, u)
         u = u if changed is None else changed
     return u
 
 
-def _angles(t: float, u: Tensor) -> Tensor:
+def angles(t: float, u: Tensor) -> Tensor:
     return torch.full((u.shape[0],), t, dtype=torch.float32, device=u.device)
-
-
-# ----- the published scheduler ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class SchedulerConfig:
-    """Fields of the published scheduler_config.json. Only `sigma_data` changes what is computed."""
-
-    num_train_timesteps: int = 1000
-    prediction_type: str = "trigflow"
-    sigma_data: float = SIGMA_DATA
-
-    def __post_init__(self) -> None:
-        if self.prediction_type != "trigflow":
-            raise ValueError(f"prediction_type must be 'trigflow', got: {self.prediction_type!r}")
-        if not (math.isfinite(self.sigma_data) and self.sigma_data > 0):
-            raise ValueError(f"sigma_data must be above 0, got: {self.sigma_data}")
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> SchedulerConfig:
-        """Config from the content of a scheduler_config.json; keys starting with `_` are notes and dropped.
-
-        Raises ValueError listing the keys that are not fields, or naming the class that the file is for.
-        """
-        if (name := values.get("_class_name", "SCMScheduler")) != "SCMScheduler":
-            raise ValueError(f"the scheduler must be a SCMScheduler, this is the config of a {name}")
-        kept = {key: value for key, value in values.items() if not key.startswith("_")}
-        if unknown := sorted(kept.keys() - {field.name for field in fields(cls)}):
-            raise ValueError(f"unknown fields in the scheduler config: {', '.join(unknown)}")
-        return cls(**kept)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields, ready for scheduler_config.json."""
-        return asdict(self)
-
-
-class SCMSchedulerOutput(NamedTuple):
-    """prev_sample: at the next time, the next step's input. pred_original_sample: the clean sample implied now."""
-
-    prev_sample: Tensor
-    pred_original_sample: Tensor
-
-
-class SCMScheduler:
-    """The published scheduler's interface, for loops written by hand; the pipelines use `schedule` and `sample`.
-
-    Samples and model outputs are in data space here, as published: sigma_data times unit space. Differences: any
-    number of steps works with the default arguments; `step` knows its place from `timestep` alone, so steps may be
-    repeated or skipped; and no noise is drawn after the last step.
-    """
-
-    config_name = "scheduler_config.json"
-    init_noise_sigma = 1.0  # the published constant; the initial noise is scaled by sigma_data, not by this
-
-    def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        prediction_type: str = "trigflow",
-        sigma_data: float = SIGMA_DATA,
-    ) -> None:
-        self.config = SchedulerConfig(
-            num_train_timesteps=num_train_timesteps, prediction_type=prediction_type, sigma_data=sigma_data
-        )
-        self.num_inference_steps: int | None = None
-        self.timesteps = torch.empty(0)  # until set_timesteps
-        self._times: list[float] = []
-
-    @classmethod
-    def from_config(cls, config: SchedulerConfig | Mapping[str, Any]) -> SCMScheduler:
-        """A scheduler with these settings. Raises ValueError as `SchedulerConfig.from_dict` does."""
-        values = config.to_dict() if isinstance(config, SchedulerConfig) else config
-        return cls(**SchedulerConfig.from_dict(values).to_dict())
-
-    @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str], *, subfolder: str | None = None) -> SCMScheduler:
-        """Read scheduler_config.json from a folder on this machine.
-
-        Raises ValueError if it is absent, not JSON, or the config of another scheduler.
-        """
-        path = Path(folder, subfolder or "", cls.config_name)
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            return cls.from_config(values)
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"cannot load the scheduler from {path}: {error}") from error
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write scheduler_config.json into `folder`, made if absent."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        content = {"_class_name": "SCMScheduler", **self.config.to_dict()}
-        path = Path(folder, self.config_name)
-        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        timesteps: Sequence[float] | Tensor | None = None,
-        device: str | torch.device | None = None,
-        max_timesteps: float | None = PUBLISHED_MAX,
-        intermediate_timesteps: float | None = PUBLISHED_INTERMEDIATE,
-    ) -> None:
-        """Choose the times, as `schedule` does; `self.timesteps` holds them in fp32, the final 0 included.
-
-        Raises:
-            ValueError: for a bad value, or if both the number of steps and `timesteps` are missing.
-        """
-        if num_inference_steps is None and timesteps is None:
-            raise ValueError("set_timesteps needs num_inference_steps or timesteps")
-        self._times = schedule(
-            num_inference_steps or 0,
-            timesteps=timesteps,
-            max_timesteps=max_timesteps,
-            intermediate_timesteps=intermediate_timesteps,
-        )
-        self.num_inference_steps = len(self._times) - 1
-        self.timesteps = torch.tensor(self._times, dtype=torch.float32, device=device)
-
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: float | Tensor,
-        sample: Tensor,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        return_dict: bool = True,
-    ) -> SCMSchedulerOutput | tuple[Tensor, Tensor]:
-        """One step from `timestep` to the next time.
-
-        Args:
-            model_output: sigma_data * F (B,C,H,W), fp32.
-            timestep: an entry of `self.timesteps` but the last; a batch of it is taken by its first.
-            sample: x_t (B,C,H,W) in data space, fp32.
-            generator: where the fresh noise comes from, see `numerics.draw_noise`.
-            return_dict: False for a plain tuple.
-
-        Raises:
-            ValueError: if `set_timesteps` was not called, or `timestep` is none of its times.
-        """
-        t, t_next = self._times_at(timestep)
-        clean = to_clean(sample, model_output, _angles(t, sample))
-        previous = clean
-        if t_next > 0:
-            noise = draw_noise(clean.shape, generator, device=clean.device) * self.config.sigma_data
-            previous = add_noise(clean, noise, _angles(t_next, clean))
-        return SCMSchedulerOutput(previous, clean) if return_dict else (previous, clean)
-
-    def _times_at(self, timestep: float | Tensor) -> tuple[float, float]:
-        t = float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)
-        for own, following in pairwise(self._times):
-            # A time that went through an fp32 tensor is rounded; its neighbours are far away.
-            if math.isclose(t, own, rel_tol=1e-6):
-                return own, following
-        allowed = ", ".join(f"{own:g}" for own in self._times[:-1]) or "none, call set_timesteps first"
-        raise ValueError(f"timestep must be one of the times to step from ({allowed}), got: {t:g}")

@@ -12,7 +12,7 @@ import torch
 from sana_sprint.models.autoencoder import AutoencoderConfig, AutoencoderDC
 from sana_sprint.models.transformer import SanaTransformer2DModel, TransformerConfig
 from sana_sprint.pipelines.text_to_image import SanaSprintPipeline
-from sana_sprint.sampling import SCMScheduler
+from sana_sprint.scheduler import SCMScheduler
 from tests.helpers.models import TRANSFORMERS, randomize
 from tests.helpers.text import tiny_text_encoder, tiny_tokenizer
 

@@ -14,7 +14,7 @@ from sana_sprint import SanaSprintControlNetPipeline, SanaSprintPipeline
 from sana_sprint.controls import condition
 from sana_sprint.images import to_pil
 from sana_sprint.models.controlnet import ControlNetConfig, SanaControlNetModel
-from sana_sprint.numerics import NonFiniteError
+from sana_sprint.precision import NonFiniteError
 from sana_sprint.weights import read_model_index
 from tests.helpers.models import randomize
 from tests.helpers.pipeline import (

@@ -11,9 +11,9 @@ import torch
 
 from sana_sprint.models.autoencoder import AutoencoderDC
 from sana_sprint.models.text_encoder import PromptEncoder
-from sana_sprint.numerics import NonFiniteError
 from sana_sprint.pipelines.text_to_image import SanaSprintPipeline
-from sana_sprint.sampling import SCMScheduler
+from sana_sprint.precision import NonFiniteError
+from sana_sprint.scheduler import SCMScheduler
 from tests.helpers.pipeline import LONG, PROMPT, assert_same_pictures, pixels, seeded, tiny_pipeline
 
 

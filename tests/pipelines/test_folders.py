@@ -9,7 +9,7 @@ import torch
 
 from sana_sprint.pipelines.loading import plan_devices
 from sana_sprint.pipelines.text_to_image import SanaSprintPipeline
-from sana_sprint.sampling import SCMScheduler
+from sana_sprint.scheduler import SCMScheduler
 from tests.helpers.pipeline import pixels, tiny_pipeline
 
 PROMPT = "a red cat on the moon"

@@ -215,7 +215,7 @@ def _time_arguments(steps: int, first: float | None, second: float | None) -> di
 
 
 def _seeds(seed: int, count: int) -> list[int]:
-    from sana_sprint.numerics import image_seeds
+    from sana_sprint.noise import image_seeds
 
     wanted = None if seed == RANDOM_SEED else seed
     seeds: list[int] = checked(lambda: image_seeds(wanted, count), hint="leave --seed out for a random one")

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from sana_sprint.models.prefix import Prefix, autocast_dtype, continue_prefix, run_prefix, stored_prefix
 from sana_sprint.models.walk import state_of, tensors_of
-from sana_sprint.numerics import send
+from sana_sprint.precision import send
 from sana_sprint.prompts import (
     DEFAULT_MAX_SEQUENCE_LENGTH,
     TokenWindow,

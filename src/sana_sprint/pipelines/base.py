@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sana_sprint.models.text_encoder import PromptEncoder
-from sana_sprint.numerics import check_dtype, parse_dtype
 from sana_sprint.pipelines.acceleration import AccelerationMethods
-from sana_sprint.pipelines.adapting import LoraMethods
-from sana_sprint.pipelines.core import check_count
+from sana_sprint.pipelines.inputs import check_count
 from sana_sprint.pipelines.loading import DeviceMap, DtypeRequest, load_components, save_components
-from sana_sprint.pipelines.prompting import Prompts
+from sana_sprint.pipelines.lora import LoraMethods
 from sana_sprint.pipelines.quantized import check_move, quantize_components
+from sana_sprint.pipelines.text import Prompts
+from sana_sprint.precision import check_dtype, parse_dtype
 from sana_sprint.prompts import DEFAULT_MAX_SEQUENCE_LENGTH
 from sana_sprint.quantize import parse_request
 from sana_sprint.weights import resolve_folder

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sana_sprint.pipelines.core import Conditioning
+from sana_sprint.pipelines.denoise import Conditioning
 
 # callback(pipeline, step index, time, tensors) -> tensors to go on with, or None
 StepCallback = Callable[[Any, int, Tensor, dict[str, Tensor]], Mapping[str, Tensor] | None]

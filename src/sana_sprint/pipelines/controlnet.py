@@ -15,7 +15,8 @@ from sana_sprint.images import to_pil
 from sana_sprint.models.controlnet import ControlContext, SanaControlNetModel
 from sana_sprint.models.transformer import CaptionContext
 from sana_sprint.pipelines.base import BasePipeline
-from sana_sprint.pipelines.core import Conditioning, Steer, encode
+from sana_sprint.pipelines.denoise import Conditioning, Steer
+from sana_sprint.pipelines.latents import encode
 from sana_sprint.pipelines.output import Pictures, SanaSprintOutput
 from sana_sprint.pipelines.text_to_image import SanaSprintPipeline
 from sana_sprint.resolutions import Size

@@ -13,9 +13,9 @@ from sana_sprint.models.autoencoder import AutoencoderDC
 from sana_sprint.models.controlnet import SanaControlNetModel
 from sana_sprint.models.text_encoder import load_text_encoder, load_tokenizer
 from sana_sprint.models.transformer import SanaTransformer2DModel
-from sana_sprint.numerics import component_dtypes
 from sana_sprint.pipelines.quantized import load_quantized, note_preset, stored_preset
-from sana_sprint.sampling import SCMScheduler
+from sana_sprint.precision import component_dtypes
+from sana_sprint.scheduler import SCMScheduler
 from sana_sprint.weights import (
     CONFIG_NAME,
     ModelIndex,
@@ -60,7 +60,7 @@ def load_components(
         names: what the pipeline is made of.
         given: components that are taken from here: the object, or the path of a folder of it or with it; None means
             the pipeline does without it.
-        dtype: see `numerics.component_dtypes`. None keeps the stored dtypes.
+        dtype: see `precision.component_dtypes`. None keeps the stored dtypes.
         device_map: see `plan_devices`.
         variant: read these weight files; a component that lacks them is read from its plain files.
 

@@ -10,23 +10,15 @@ import torch
 from torch import Tensor
 
 from sana_sprint.backends.cpu.allocator import freed_memory_kept
-from sana_sprint.numerics import check_dtype, draw_noise, dtype_name, finite_checks_later
+from sana_sprint.noise import draw_noise
 from sana_sprint.pipelines.base import BasePipeline
 from sana_sprint.pipelines.callbacks import StepCallback, StepHook, check_tensor_inputs
-from sana_sprint.pipelines.core import (
-    Conditioning,
-    Generators,
-    Steering,
-    by_text_alone,
-    check_count,
-    choose_generators,
-    decode,
-    draw_latents,
-    fit,
-    guidance_per_image,
-)
+from sana_sprint.pipelines.denoise import Conditioning, Steering, by_text_alone, draw_latents
+from sana_sprint.pipelines.inputs import Generators, check_count, choose_generators, guidance_per_image
+from sana_sprint.pipelines.latents import decode, fit
 from sana_sprint.pipelines.output import Pictures, SanaSprintOutput, check_output_type, convert
-from sana_sprint.pipelines.prompting import Prompts, TextInputs
+from sana_sprint.pipelines.text import Prompts, TextInputs
+from sana_sprint.precision import check_dtype, dtype_name, finite_checks_later
 from sana_sprint.prompts import COMPLEX_HUMAN_INSTRUCTION, DEFAULT_MAX_SEQUENCE_LENGTH
 from sana_sprint.resolutions import Size, plan_size
 from sana_sprint.sampling import PUBLISHED_INTERMEDIATE, PUBLISHED_MAX, schedule

@@ -17,8 +17,8 @@ from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from sana_sprint.numerics import NonFiniteError
-from sana_sprint.pipelines.core import is_out_of_memory
+from sana_sprint.pipelines.latents import is_out_of_memory
+from sana_sprint.precision import NonFiniteError
 from sana_sprint.serve.engine.job import Busy, Draining, ModelUnavailable
 
 RETRY_LATER_S = 5  # when the server restarts or its model is away

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from sana_sprint.numerics import MAX_SEED
+from sana_sprint.noise import MAX_SEED
 from sana_sprint.serve.engine.job import ImageRequest
 from sana_sprint.serve.errors import ApiError
 from sana_sprint.serve.settings import Settings

@@ -20,7 +20,8 @@ from sana_sprint.images import grid, to_pil
 from sana_sprint.models.autoencoder import AutoencoderDC
 from sana_sprint.models.text_encoder import PromptEmbeddings, PromptEncoder, load_text_encoder, load_tokenizer
 from sana_sprint.models.transformer import CaptionContext, SanaTransformer2DModel
-from sana_sprint.sampling import SCMScheduler, sample, schedule
+from sana_sprint.sampling import sample, schedule
+from sana_sprint.scheduler import SCMScheduler
 from sana_sprint.train import distributed
 from sana_sprint.train.adversary import Adversary
 from sana_sprint.train.conditioning import FlowModel, embed, frozen_embed, velocity_of

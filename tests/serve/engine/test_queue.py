@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from sana_sprint.numerics import NonFiniteError
+from sana_sprint.precision import NonFiniteError
 from sana_sprint.serve.engine import (
     Busy,
     Draining,

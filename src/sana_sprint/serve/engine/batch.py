@@ -21,9 +21,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sana_sprint.images import to_pil
 from sana_sprint.pipelines.controlnet import SanaSprintControlNetPipeline
-from sana_sprint.pipelines.core import decode, fit
+from sana_sprint.pipelines.latents import decode, fit
 from sana_sprint.pipelines.output import SanaSprintOutput
-from sana_sprint.pipelines.prompting import Prompts
+from sana_sprint.pipelines.text import Prompts
 from sana_sprint.pipelines.text_to_image import SanaSprintPipeline
 from sana_sprint.prompts import COMPLEX_HUMAN_INSTRUCTION, DEFAULT_MAX_SEQUENCE_LENGTH
 from sana_sprint.resolutions import Size

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from sana_sprint.controls import check_kind
-from sana_sprint.numerics import check_seed, image_seeds
+from sana_sprint.noise import check_seed, image_seeds
 from sana_sprint.resolutions import Size
 
 logger = logging.getLogger(__name__)

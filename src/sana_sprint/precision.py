@@ -1,17 +1,12 @@
-"""What keeps numbers right: which component may run in which dtype, finite checks, and seeds.
+"""Which component may run in which dtype, and finite checks.
 
-Dtypes: angles, schedules, latents between steps and re-noising are fp32 whatever the weights are. The transformer may
-run in any of the three floating-point types below; the text encoder and the autoencoder must not run in fp16.
-
-Seeds: every image has its own generator, on the CPU, so that it is the same picture made alone, in a batch, or on
-another device, up to rounding.
+Angles, schedules, latents between steps and re-noising are fp32 whatever the weights are. The transformer may run in any
+of the three floating-point types below; the text encoder and the autoencoder must not run in fp16.
 """
 
 from __future__ import annotations
 
-import operator
-import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -20,8 +15,6 @@ import torch
 from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MAX_SEED = 2**64 - 1  # the largest that torch.Generator.manual_seed takes
-RANDOM_SEED_BITS = 32  # of the seeds we draw: short enough to be copied by hand
 
 # (component, dtype) -> why it is refused
 REFUSED_DTYPES = {
@@ -154,76 +147,3 @@ def send(tensor: Tensor, device: torch.device | str) -> Tensor:
     if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
-
-
-# ----- seeds and noise ------------------------------------------------------------------------------------------------
-
-
-def image_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
-    """One seed per image: seed, seed+1, ... of one number, a list as it is, or random ones for None.
-
-    Random seeds follow one another too, so that the first one alone repeats the whole call. They come from the
-    operating system and leave torch's global generator alone.
-
-    Raises:
-        ValueError: for a list of another length than `count` and for a seed outside 0 to 2**64 - 1.
-    """
-    if seed is None:
-        seed = secrets.randbits(RANDOM_SEED_BITS)
-    if isinstance(seed, Sequence):
-        if len(seed) != count:
-            raise ValueError(f"seed must be one number or one per image, {count} here; got: {seed!r}")
-        return [check_seed(value) for value in seed]
-    first = check_seed(seed, count)
-    return list(range(first, first + count))
-
-
-def check_seed(seed: object, count: int = 1) -> int:
-    """Returns `seed` as an int if it and the `count` - 1 numbers after it are seeds. Takes the same time for any count.
-
-    Raises:
-        ValueError: for what is no whole number, or outside 0 to 2**64 - 1.
-    """
-    first = _whole(seed)
-    for value in (first, first + count - 1):
-        if not 0 <= value <= MAX_SEED:
-            raise ValueError(f"a seed must be from 0 to 2**64 - 1 (None for a random one), got: {value}")
-    return first
-
-
-def _whole(seed: object) -> int:
-    try:
-        return operator.index(seed)  # type: ignore[arg-type]  # its TypeError is the check
-    except TypeError:
-        raise ValueError(f"a seed must be a whole number, got: {seed!r}") from None
-
-
-def make_generators(seeds: Iterable[int]) -> list[torch.Generator]:
-    """A CPU generator per seed."""
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
-def draw_noise(
-    shape: Sequence[int],
-    generators: torch.Generator | Sequence[torch.Generator] | None,
-    *,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """Unit Gaussian noise (B,...) in fp32 on `device`, drawn where the generators live.
-
-    A sequence gives each image its own stream. One generator draws the whole batch, as the published pipeline does;
-    the pictures then depend on the batch size. None is torch's global generator of the CPU.
-
-    Raises:
-        ValueError: if the sequence has another length than the batch.
-    """
-    if generators is None or isinstance(generators, torch.Generator):
-        return send(_randn(shape, generators), device)
-    if len(generators) != shape[0]:
-        raise ValueError(f"there must be one generator per image, {shape[0]} here; got: {len(generators)}")
-    return torch.cat([send(_randn((1, *shape[1:]), generator), device) for generator in generators])
-
-
-def _randn(shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
-    device = "cpu" if generator is None else generator.device
-    return torch.randn(tuple(shape), generator=generator, device=device, dtype=torch.float32)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sana_sprint.models.text_encoder import PromptEncoder
-from sana_sprint.numerics import check_finite
+from sana_sprint.precision import check_finite
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,98 @@
+"""Pictures to latents and back, by the autoencoder."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sana_sprint.images import resize_and_crop
+from sana_sprint.precision import check_finite
+from sana_sprint.resolutions import Size, cover
+
+logger = logging.getLogger(__name__)
+
+MAX_TILE = 1024  # pixels; of tiles that are chosen here, when memory ran out
+
+
+def encode(vae: Any, pictures: Tensor) -> Tensor:
+    """Pictures (B,3,H,W) in [-1,1] -> latents (B,C,h,w) of unit variance, fp32.
+
+    Raises:
+        NonFiniteError: if the latents hold NaN or infinity.
+    """
+    raw = check_finite(vae.encode(pictures.to(vae.device, vae.dtype)), "the autoencoder's encoder")
+    scale: float = vae.config.scaling_factor
+    return raw.float() * scale
+
+
+def decode(vae: Any, u0: Tensor) -> Tensor:
+    """Clean latents (B,C,h,w) of unit variance -> pictures (B,3,H,W), about [-1,1], fp32.
+
+    If memory runs out, once more with slicing and tiling, for this call only and with a warning in the log.
+
+    Raises:
+        MemoryError: if that does not fit either.
+        NonFiniteError: if the pictures hold NaN or infinity.
+    """
+    latent = (u0 / vae.config.scaling_factor).to(vae.device, vae.dtype)
+    try:
+        images = vae.decode(latent)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        images = None  # retried outside this block, which keeps the failed call's tensors alive
+    if images is None:
+        logger.warning("not enough memory to decode in one piece; decoding one by one in tiles instead")
+        images = _decode_frugally(vae, latent)
+    return check_finite(images, "the autoencoder's decoder").float()
+
+
+def _decode_frugally(vae: Any, latent: Tensor) -> Tensor:
+    """One by one, in tiles of half the longer side (or of the tiles there were), 1024 pixels at most."""
+    # A copy shares the weights; the original keeps its settings, which other threads rely on.
+    frugal = copy.copy(vae)
+    ratio = vae.spatial_compression_ratio
+    longest = max(latent.shape[2:] if vae.tiling is None else vae.tiling.tile)
+    frugal.enable_slicing()
+    frugal.enable_tiling(min(-(-longest // 2), max(1, MAX_TILE // ratio)) * ratio)
+    try:
+        images: Tensor = frugal.decode(latent)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        height, width = latent.shape[2] * ratio, latent.shape[3] * ratio
+        raise MemoryError(
+            f"not enough memory on {latent.device} to decode {latent.shape[0]} pictures of {height}x{width}, not even "
+            "one by one in tiles: ask for smaller pictures, call enable_vae_tiling with smaller tiles, or free memory "
+            "(output_type='latent' leaves the decoding to you)"
+        ) from error
+    return images
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on any device."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    message = str(error).lower()  # the CPU's and some other allocators raise plain RuntimeErrors
+    return isinstance(error, RuntimeError) and (
+        "out of memory" in message
+        or "not enough memory" in message
+        or "can't allocate memory" in message
+        or "cannot allocate memory" in message
+    )
+
+
+def fit(images: Tensor, size: Size) -> Tensor:
+    """Pictures of the model's size -> pictures of the size that was asked for."""
+    height, width = images.shape[-2:]
+    plan = cover(height, width, size.height, size.width)
+    return resize_and_crop(
+        images,
+        resized=(plan.height, plan.width),
+        corner=(plan.top, plan.left),
+        size=(size.height, size.width),
+    )
