@@ -27,12 +27,13 @@ LEVELS = {
     "images": 0,
     "prompts": 0,
     "precision": 0,
+    "noise": 1,
+    "stopping": 0,
     "models.frugal": 0,
     "models": 1,
     "sampling": 1,
-    "noise": 1,
-    "controls": 1,
     "scheduler": 2,
+    "controls": 1,
     "backends": 2,
     "lora": 2,
     "weights": 2,
@@ -162,7 +163,8 @@ def test_files_and_functions_stay_short(name):
     assert len(FILES[name].read_text(encoding="utf-8").splitlines()) <= MAX_FILE_LINES
     for node in ast.walk(TREES[name]):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            assert node.end_lineno - node.lineno < MAX_FUNCTION_LINES, f"{name}.{node.name} is too long"
+            length = node.end_lineno - node.body[0].lineno  # without the signature: published ones are long
+            assert length < MAX_FUNCTION_LINES, f"{name}.{node.name} is too long"
 
 
 def test_public_names_are_sorted_and_importable():

@@ -1,4 +1,4 @@
-"""Seeds, generators and noise."""
+"""Seeds, and the noise that comes from them."""
 
 import pytest
 import torch

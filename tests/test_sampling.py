@@ -1,4 +1,4 @@
-"""Times and the sampling loop."""
+"""Times, and the samplers."""
 
 import itertools
 import math
@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sana_sprint.sampling import PRESETS, PUBLISHED_MAX, sample, schedule
+from sana_sprint.sampling import PRESETS, PUBLISHED_MAX, at_any_step, consistency, euler, heun, schedule
+from sana_sprint.stopping import Stopped
 
 SHAPE = (2, 3, 4, 5)
 
@@ -110,8 +111,8 @@ def test_bad_times_are_named(arguments, message):
 def test_renoising_adds_variances():
     """With F = 0 a jump multiplies by cos t; re-noising to t' scales by cos t' and adds variance sin^2 t'."""
     noise, generator = torch.randn(64, 4, 16, 16, generator=seeded()), seeded(1)
-    found = sample(
-        lambda u, t: torch.zeros_like(u),
+    found = consistency(
+        lambda u, t, step: torch.zeros_like(u),
         noise,
         [1.0, 0.5, 0.2],
         draw_noise=lambda: torch.randn(noise.shape, generator=generator),
@@ -127,23 +128,23 @@ def test_a_perfect_network_gives_the_data_from_any_time():
     """With F = cos t * noise - sin t * data, the jump from u = cos t * data + sin t * noise lands on the data."""
     data, noise = normal(0), normal(1)
 
-    def denoiser(u, t):
+    def denoiser(u, t, step):
         angle = t[:, None, None, None]
         return (torch.cos(angle) * u - data) / torch.sin(angle)
 
     for times in ([math.pi / 2, 0.0], [1.5, 0.7, 0.0]):
-        found = sample(denoiser, noise, times, draw_noise=lambda: normal(2))
+        found = consistency(denoiser, noise, times, draw_noise=lambda: normal(2))
         torch.testing.assert_close(found, data, atol=1e-5, rtol=0)  # a few fp32 roundings of numbers around 1
 
 
 def test_denoiser_gets_fp32_angles_one_per_image():
     seen = []
 
-    def denoiser(u, t):
+    def denoiser(u, t, step):
         seen.append(t)
         return torch.zeros_like(u)
 
-    sample(denoiser, normal(0), [1.5, 1.3, 0.0], draw_noise=lambda: normal(1))
+    consistency(denoiser, normal(0), [1.5, 1.3, 0.0], draw_noise=lambda: normal(1))
     assert [(t.tolist(), t.dtype) for t in seen] == [
         ([1.5] * 2, torch.float32),
         (pytest.approx([1.3] * 2), torch.float32),
@@ -154,8 +155,8 @@ def test_denoiser_gets_fp32_angles_one_per_image():
 def test_noise_is_drawn_only_between_steps(num_steps):
     """The published scheduler also draws after the last step, where it has no effect but moves the generator on."""
     draws = []
-    sample(
-        lambda u, t: u,
+    consistency(
+        lambda u, t, step: u,
         normal(0),
         schedule(num_steps),
         draw_noise=lambda: draws.append(1) or normal(len(draws)),
@@ -170,6 +171,117 @@ def test_on_step_sees_every_sample_and_may_replace_it():
         seen.append((i, t, u.clone()))
         return torch.ones_like(u) if i == 1 else None
 
-    final = sample(lambda u, t: u, normal(0), [1.5, 1.0, 0.0], draw_noise=lambda: normal(1), on_step=on_step)
+    final = consistency(
+        lambda u, t, step: u, normal(0), [1.5, 1.0, 0.0], draw_noise=lambda: normal(1), on_step=on_step
+    )
     assert [(i, t) for i, t, _ in seen] == [(0, 1.5), (1, 1.0)]
     assert torch.equal(final, torch.ones(SHAPE))
+
+
+# ----- differential equations with a known solution ------------------------------------------------------------------
+
+
+DEVIATION = torch.tensor([0.05, 0.4, 1.0, 1.7], dtype=torch.float64)  # of Gaussian data, one for each channel
+MEAN = torch.tensor([0.3, -1.0, 0.0, 2.0], dtype=torch.float64)
+
+
+def gaussian(u: torch.Tensor, t: torch.Tensor, step: int) -> torch.Tensor:
+    """F of Gaussian data: du/dt along paths u(t) = cos(t) mean + sqrt(cos(t)^2 deviation^2 + sin(t)^2) z."""
+    angle = t.double()[:, None]
+    variance = torch.cos(angle) ** 2 * DEVIATION**2 + torch.sin(angle) ** 2
+    slope = torch.cos(angle) * torch.sin(angle) * (1 - DEVIATION**2) / variance
+    return -torch.sin(angle) * MEAN + slope * (u - torch.cos(angle) * MEAN)
+
+
+def final_error(sampler, num_steps: int) -> float:
+    """The distance from the end of the path, where z is scaled by the data's deviation."""
+    z = torch.randn(16, 4, dtype=torch.float64, generator=seeded())
+    times = torch.linspace(math.pi / 2, 0, num_steps + 1, dtype=torch.float64).tolist()
+    return (sampler(gaussian, z, times, draw_noise=no_noise) - (MEAN + DEVIATION * z)).abs().max().item()
+
+
+def no_noise() -> torch.Tensor:
+    raise AssertionError("a deterministic sampler drew noise")
+
+
+@pytest.mark.parametrize(("sampler", "order"), [(euler, 1), (heun, 2)])
+def test_deterministic_samplers_converge_with_their_order(sampler, order):
+    coarse, fine = final_error(sampler, 200), final_error(sampler, 400)
+    assert fine < 0.05
+    # Angles are fp32, which is far below these errors; higher orders of h explain the rest.
+    assert math.log2(coarse / fine) == pytest.approx(order, abs=0.25)
+
+
+@pytest.mark.parametrize("sampler", [euler, heun])
+def test_one_point_of_data_is_reached_exactly(sampler):
+    data = normal(0).double()
+
+    def denoiser(u, t, step):
+        angle = t.double()[:, None, None, None]
+        return (torch.cos(angle) * u - data) / torch.sin(angle)
+
+    found = sampler(denoiser, normal(1).double(), [1.5, 0.9, 0.3, 0.0], draw_noise=no_noise)
+    torch.testing.assert_close(found, data, atol=1e-6, rtol=0)  # angles are fp32
+
+
+@pytest.mark.parametrize(
+    ("sampler", "steps"), [(consistency, [0, 1, 2]), (euler, [0, 1, 2]), (heun, [0, 0, 1, 1, 2])]
+)
+def test_the_denoiser_gets_the_number_of_the_step_however_often_it_is_called(sampler, steps):
+    seen = []
+
+    def denoiser(u, t, step):
+        seen.append(step)
+        return torch.zeros_like(u)
+
+    sampler(denoiser, normal(0), [1.5, 1.0, 0.5, 0.0], draw_noise=lambda: normal(1))
+    assert seen == steps
+
+
+@pytest.mark.parametrize("sampler", [consistency, euler, heun])
+def test_a_constrained_clean_estimate_holds_at_every_time_and_at_the_end(sampler):
+    known, mask = normal(7), torch.rand(SHAPE, generator=seeded(8)) < 0.5
+    after = []
+
+    def constrain(clean, step):
+        return torch.where(mask, known, clean)
+
+    found = sampler(
+        lambda u, t, step: torch.tanh(u),
+        normal(0),
+        [1.5, 0.8, 0.0],
+        draw_noise=lambda: normal(1),
+        constrain=constrain,
+        on_step=lambda i, t, u: after.append(u),
+    )
+    assert torch.equal(found[mask], known[mask])
+    assert not torch.equal(found[~mask], known[~mask])
+    if sampler is consistency:  # the known part is noised with the same noise as the rest
+        expected = math.cos(0.8) * known + math.sin(0.8) * normal(1)
+        torch.testing.assert_close(after[0][mask], expected[mask])
+
+
+@pytest.mark.parametrize(("sampler", "evaluations"), [(consistency, 2), (euler, 2), (heun, 3)])
+def test_a_call_can_be_stopped_before_any_evaluation(sampler, evaluations):
+    calls = []
+
+    def denoiser(u, t, step):
+        calls.append(step)
+        return torch.zeros_like(u)
+
+    with pytest.raises(Stopped):
+        sampler(
+            denoiser,
+            normal(0),
+            [1.5, 1.0, 0.5, 0.0],
+            draw_noise=lambda: normal(1),
+            should_stop=lambda: len(calls) >= evaluations,
+        )
+    assert len(calls) == evaluations
+
+
+def test_a_denoiser_of_two_arguments_is_adapted():
+    found = consistency(at_any_step(lambda u, t: u), normal(0), [1.0, 0.0], draw_noise=lambda: normal(1))
+    assert torch.equal(
+        found, consistency(lambda u, t, step: u, normal(0), [1.0, 0.0], draw_noise=lambda: normal(1))
+    )

@@ -1,21 +1,12 @@
-"""The published scheduler's interface, against the published scheduler and against the loop."""
+"""The scheduler for hand-written loops, alone and against the published scheduler."""
 
 import diffusers
 import pytest
 import torch
 
-from sana_sprint.sampling import sample
+from sana_sprint.sampling import at_any_step, consistency
 from sana_sprint.scheduler import SchedulerConfig, SCMScheduler
-
-SHAPE = (2, 3, 4, 5)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(seed: int) -> torch.Tensor:
-    return torch.randn(SHAPE, generator=seeded(seed))
+from tests.test_sampling import SHAPE, normal, seeded
 
 
 def drive(scheduler, steps: int, **settings) -> tuple[torch.Tensor, list[float]]:
@@ -65,11 +56,11 @@ def test_scheduler_takes_any_number_of_steps_with_its_defaults(steps):
 
 
 def test_scheduler_and_loop_agree():
-    """`sample` in unit space is the hand-driven loop in data space."""
+    """`consistency` in unit space is the hand-driven loop in data space."""
     clean, times = drive(SCMScheduler(), 4)
     generator = seeded(5)
-    found = sample(
-        lambda u, t: torch.tanh(u + t[:, None, None, None]),
+    found = consistency(
+        at_any_step(lambda u, t: torch.tanh(u + t[:, None, None, None])),
         normal(3),
         times,
         draw_noise=lambda: torch.randn(SHAPE, generator=generator),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from recipes.toy import world
-from sana_sprint.sampling import sample
+from sana_sprint.sampling import at_any_step, consistency
 from sana_sprint.train.losses import consistency_target, scaled_tangent, scm_loss
 from sana_sprint.trigflow import T_MAX, add_noise, lognormal_times, to_clean
 
@@ -118,7 +118,7 @@ def measure(student: Student, *, count: int = 4000, seed: int = 1) -> Measured:
 @torch.no_grad()
 def few_steps(student: Student, noise: Tensor) -> Tensor:
     """Two-step samples (B,2) from noise (B,2)."""
-    return sample(student, noise, TWO_STEPS, draw_noise=lambda: torch.randn_like(noise))
+    return consistency(at_any_step(student), noise, TWO_STEPS, draw_noise=lambda: torch.randn_like(noise))
 
 
 def sliced_wasserstein(a: Tensor, b: Tensor, *, num_directions: int = 64) -> float:

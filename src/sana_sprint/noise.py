@@ -1,7 +1,6 @@
-"""Seeds, generators and unit noise.
+"""Seeds and noise: one generator per picture, on the CPU.
 
-Every image has its own generator, on the CPU, so that it is the same picture made alone, in a batch, or on another
-device, up to rounding.
+A picture is therefore the same made alone, in a batch, or on another device, up to rounding.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch import Tensor
 from sana_sprint.precision import send
 
 MAX_SEED = 2**64 - 1  # the largest that torch.Generator.manual_seed takes
-RANDOM_SEED_BITS = 32  # of the seeds we draw: short enough to be copied by hand
+RANDOM_SEED_BITS = 32  # of random seeds: short enough to be copied by hand
 
 
 def image_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:

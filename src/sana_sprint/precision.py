@@ -1,7 +1,7 @@
-"""Which component may run in which dtype, and finite checks.
+"""Precision: the dtypes that each component may run in, and checks for values that are not finite.
 
-Angles, schedules, latents between steps and re-noising are fp32 whatever the weights are. The transformer may run in any
-of the three floating-point types below; the text encoder and the autoencoder must not run in fp16.
+Angles, schedules, latents between steps and re-noising are fp32 whatever the weights are. The transformer may run in any of
+the three floating-point types below; the text encoder and the autoencoder must not run in fp16.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _computes_later(tensor: Tensor) -> bool:
 
 @contextmanager
 def finite_checks_later(enabled: bool = True) -> Iterator[None]:
-    """Verifies what `check_finite` saw on leaving, in order: until then no check waits for the device to have computed."""
+    """Defers `check_finite` to the end of the block, in order, so that no check waits for the device before."""
     checks: list[_Check] = []
     token = _LATER.set(checks if enabled else None)
     try:
@@ -119,7 +119,7 @@ def finite_checks_later(enabled: bool = True) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Check:
-    """What is asked of a tensor, without holding on to it."""
+    """A pending check: counts of a tensor, without a reference to it."""
 
     num_finite: Tensor
     num_values: int
@@ -135,7 +135,7 @@ class _Check:
         if num_bad:
             raise NonFiniteError(
                 f"{self.stage} gave {num_bad} of {self.num_values} values that are NaN or infinite, in "
-                f"{dtype_name(self.dtype)}: the weights are damaged, or do not bear the dtype they run in (try float32)"
+                f"{dtype_name(self.dtype)}: the weights are damaged, or overflow in this dtype (try float32)"
             )
 
 

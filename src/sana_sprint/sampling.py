@@ -1,7 +1,10 @@
-"""From noise to a clean latent in a few steps: times, and the loop.
+"""Times and samplers: from noise to a clean latent in a few network evaluations. Pure functions.
 
 Everything lives in unit space, u = x_t/sigma_d (see `trigflow`). Times are TrigFlow angles as plain floats: a strictly
 decreasing list that ends in 0.0 and has one entry more than there are steps.
+
+A sampler is a function of a denoiser, a start and times. It hands the denoiser the number of the step, so that what depends on
+the step (such as a ControlNet that is on in some of them) need not count calls: `heun` makes two in a step.
 """
 
 from __future__ import annotations
@@ -9,11 +12,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from sana_sprint.trigflow import T_MAX, Denoiser, add_noise, to_clean
+from sana_sprint.stopping import ShouldStop, stop_if
+from sana_sprint.trigflow import T_MAX, Denoiser, add_noise, expand_like, to_clean
 
 # SANA-Sprint table 7: the times found by search, one after the other, for both published sizes.
 MAX_STEPS = 10_000  # a list of times is made of any number up to it
@@ -25,6 +30,7 @@ PRESETS: dict[int, tuple[float, ...]] = {
 }
 PUBLISHED_MAX = 1.57080  # the published pipeline's default; pi/2 rounded up, hence the largest time allowed
 PUBLISHED_INTERMEDIATE = 1.3
+PUBLISHED_GUIDANCE = 4.5  # the guidance scale that the published pipeline uses by default
 
 
 # ----- times ----------------------------------------------------------------------------------------------------------
@@ -123,42 +129,159 @@ def _as_float(name: str, value: float) -> float:
         raise ValueError(f"{name} must be a number, got: {value!r}") from None
 
 
-# ----- the loop -------------------------------------------------------------------------------------------------------
+# ----- samplers -------------------------------------------------------------------------------------------------------
 
-# (step index, its time, the sample after it) -> a sample to go on with instead, or None
+# (u (B,C,H,W) fp32, t (B,) fp32, number of the step from 0) -> F (B,C,H,W) in TrigFlow units
+StepDenoiser = Callable[[Tensor, Tensor, int], Tensor]
+# (step, its time, the sample after it) -> a sample to continue with instead, or None
 OnStep = Callable[[int, float, Tensor], Tensor | None]
+# (the clean estimate u0 (B,C,H,W) of a step, the step) -> the estimate to use instead
+Constrain = Callable[[Tensor, int], Tensor]
 
 
-def sample(
-    denoiser: Denoiser,
-    noise: Tensor,
+class Sampler(Protocol):
+    """The signature of the samplers below."""
+
+    def __call__(
+        self,
+        denoiser: StepDenoiser,
+        u: Tensor,
+        times: Sequence[float],
+        *,
+        draw_noise: Callable[[], Tensor],
+        constrain: Constrain | None = None,
+        on_step: OnStep | None = None,
+        should_stop: ShouldStop | None = None,
+    ) -> Tensor:
+        """Returns the clean u0 (B,C,H,W).
+
+        denoiser: (u, t, step) -> F. u: the start (B,C,H,W) fp32 at `times[0]`, such as unit Gaussian noise at pi/2.
+        times: from `schedule`, or any falling list; a last time above 0 leaves the result noised to it.
+        draw_noise: fresh unit Gaussian noise shaped like `u`; the deterministic samplers never call it.
+        constrain: replaces each step's clean estimate, such as by known pixels outside a mask.
+        on_step: called after each step with u at the next time (after the last step: the result).
+        should_stop: asked before each network evaluation. Raises Stopped if it returns True.
+        """
+        ...
+
+
+def at_any_step(denoiser: Denoiser) -> StepDenoiser:
+    """Adapts a denoiser that does not depend on the step."""
+    return lambda u, t, step: denoiser(u, t)
+
+
+def consistency(
+    denoiser: StepDenoiser,
+    u: Tensor,
     times: Sequence[float],
     *,
     draw_noise: Callable[[], Tensor],
+    constrain: Constrain | None = None,
     on_step: OnStep | None = None,
+    should_stop: ShouldStop | None = None,
 ) -> Tensor:
-    """Consistency sampling: jump to the clean latent, noise it again to the next time, jump again.
+    """Multi-step consistency sampling: maps u to the clean latent, noises it to the next time, and so on. See `Sampler`.
 
-    Args:
-        denoiser: (u (B,C,H,W) fp32, t (B,) fp32) -> F in TrigFlow units.
-        noise: unit Gaussian (B,C,H,W) fp32: u at `times[0]`.
-        times: from `schedule`, or any falling list; a last time above 0 leaves the result noised to it.
-        draw_noise: fresh noise like `noise`; called once between two steps, never after the last.
-        on_step: called after each step with u at the next time (after the last step: the result).
-
-    Returns:
-        Clean u0 (B,C,H,W).
+    `draw_noise` is called once between two steps, never after the last.
     """
-    u = noise
-    for i, (t, t_next) in enumerate(pairwise(times)):
+
+    def step(u: Tensor, t: float, t_next: float, i: int) -> Tensor:
         angle = angles(t, u)
-        u = to_clean(u, denoiser(u, angle), angle)
-        if t_next > 0:
-            u = add_noise(u, draw_noise(), angles(t_next, u))
+        clean = to_clean(u, denoiser(u, angle, i), angle)
+        if constrain is not None:
+            clean = constrain(clean, i)
+        return clean if t_next <= 0 else add_noise(clean, draw_noise(), angles(t_next, u))
+
+    return _iterate(step, u, times, on_step, should_stop)
+
+
+def euler(
+    denoiser: StepDenoiser,
+    u: Tensor,
+    times: Sequence[float],
+    *,
+    draw_noise: Callable[[], Tensor],
+    constrain: Constrain | None = None,
+    on_step: OnStep | None = None,
+    should_stop: ShouldStop | None = None,
+) -> Tensor:
+    """First-order integration of du/dt = F, for flow teachers: one evaluation per step, no noise. See `Sampler`.
+
+    Rotates u towards the clean estimate, u' = cos(t') u0 + sin(t') noise (DDIM in TrigFlow), exact where u0 and noise are
+    constant along the path.
+    """
+
+    def step(u: Tensor, t: float, t_next: float, i: int) -> Tensor:
+        clean, noise = _split(denoiser, u, t, i, constrain)
+        return add_noise(clean, noise, angles(t_next, u))
+
+    return _iterate(step, u, times, on_step, should_stop)
+
+
+def heun(
+    denoiser: StepDenoiser,
+    u: Tensor,
+    times: Sequence[float],
+    *,
+    draw_noise: Callable[[], Tensor],
+    constrain: Constrain | None = None,
+    on_step: OnStep | None = None,
+    should_stop: ShouldStop | None = None,
+) -> Tensor:
+    """Second-order integration of du/dt = F: two evaluations per step, one in a last step to 0. See `Sampler`.
+
+    With h = t - t', the step of `euler` implies F' = sin(h) u + cos(h) F at its end; half of h times the difference to the
+    network's F there is the correction.
+    """
+
+    def step(u: Tensor, t: float, t_next: float, i: int) -> Tensor:
+        clean, noise = _split(denoiser, u, t, i, constrain)
+        end = angles(t_next, u)
+        predicted = add_noise(clean, noise, end)
+        if t_next <= 0:
+            return predicted
+        stop_if(should_stop)
+        found = _velocity(*_split(denoiser, predicted, t_next, i, constrain), end)
+        return predicted - (t - t_next) / 2 * (found - _velocity(clean, noise, end))
+
+    return _iterate(step, u, times, on_step, should_stop)
+
+
+def _iterate(
+    step: Callable[[Tensor, float, float, int], Tensor],
+    u: Tensor,
+    times: Sequence[float],
+    on_step: OnStep | None,
+    should_stop: ShouldStop | None,
+) -> Tensor:
+    for i, (t, t_next) in enumerate(pairwise(times)):
+        stop_if(should_stop)
+        u = step(u, t, t_next, i)
         changed = None if on_step is None else on_step(i, t, u)
         u = u if changed is None else changed
     return u
 
 
+def _split(
+    denoiser: StepDenoiser, u: Tensor, t: float, i: int, constrain: Constrain | None
+) -> tuple[Tensor, Tensor]:
+    """Splits u = cos(t) clean + sin(t) noise by the network; a constrained estimate changes the noise with it."""
+    angle = angles(t, u)
+    F = denoiser(u, angle, i)
+    clean = to_clean(u, F, angle)
+    cos, sin = torch.cos(expand_like(angle, u)), torch.sin(expand_like(angle, u))
+    if constrain is None:
+        return clean, sin * u + cos * F
+    clean = constrain(clean, i)
+    return clean, (u - cos * clean) / sin
+
+
+def _velocity(clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """F = cos(t) noise - sin(t) clean."""
+    angle = expand_like(t, clean)
+    return torch.cos(angle) * noise - torch.sin(angle) * clean
+
+
 def angles(t: float, u: Tensor) -> Tensor:
+    """The time as a tensor (B,) fp32 on the device of u (B,...)."""
     return torch.full((u.shape[0],), t, dtype=torch.float32, device=u.device)

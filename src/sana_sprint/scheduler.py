@@ -1,7 +1,4 @@
-"""The published scheduler, for loops written by hand; the pipelines use `sampling.schedule` and a sampler.
-
-Samples and model outputs are in data space here, as published: sigma_data times unit space (see `trigflow`).
-"""
+"""The published scheduler's interface, for sampling loops written by hand, and its file."""
 
 from __future__ import annotations
 

@@ -143,32 +143,33 @@ def test_a_wide_picture_stays_in_place_in_the_models_frame(pipe: SanaSprintContr
     assert pixels(output.images).shape[1:3] == (20, 60)
 
 
-def test_changed_embeddings_reach_the_branch(pipe: SanaSprintControlNetPipeline) -> None:
-    other = pipe.encode_prompt("a photo")[0]
+def test_changed_embeddings_reach_the_branch(
+    pipe: SanaSprintControlNetPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, seen = pipe.encode_prompt("a photo")[0], []
+    encode = SanaControlNetModel.encode_control_caption
 
     def swap(_: Any, i: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         embeds = tensors["prompt_embeds"].clone()
         embeds[:, : other.shape[1]] = other[:, : embeds.shape[1]]
         return {"prompt_embeds": embeds}
 
-    def draw(**extra: Any) -> Any:
-        arguments: dict[str, Any] = {"seed": 0, "num_inference_steps": 2, "image": sketch(), **extra}
-        return pipe(
-            PROMPT,
-            callback_on_step_end=swap,
-            callback_on_step_end_tensor_inputs=["prompt_embeds"],
-            **arguments,
-        )
+    def record(self: Any, transformer: Any, text: torch.Tensor, mask: torch.Tensor) -> Any:
+        seen.append(text)
+        return encode(self, transformer, text, mask)
 
-    # The branch of a transformer whose own context is replaced as before differs only if it hears of the change.
-    changed = draw().images
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "sana_sprint.pipelines.controlnet._Followed.replace_text",
-            lambda self, embeds: super(type(self), self).replace_text(embeds),
-        )
-        unheard = draw().images
-    assert_other_pictures(changed, unheard)
+    monkeypatch.setattr(SanaControlNetModel, "encode_control_caption", record)
+    pipe(
+        PROMPT,
+        seed=0,
+        num_inference_steps=2,
+        image=sketch(),
+        callback_on_step_end=swap,
+        callback_on_step_end_tensor_inputs=["prompt_embeds"],
+    )
+    shared = min(other.shape[1], seen[0].shape[1])
+    assert not torch.equal(seen[0][:, :shared], other[:, :shared])
+    assert torch.equal(seen[1][:, :shared], other[:, :shared])
 
 
 @pytest.mark.parametrize(

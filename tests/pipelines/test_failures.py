@@ -14,6 +14,7 @@ from sana_sprint.models.text_encoder import PromptEncoder
 from sana_sprint.pipelines.text_to_image import SanaSprintPipeline
 from sana_sprint.precision import NonFiniteError
 from sana_sprint.scheduler import SCMScheduler
+from sana_sprint.stopping import Stopped
 from tests.helpers.pipeline import LONG, PROMPT, assert_same_pictures, pixels, seeded, tiny_pipeline
 
 
@@ -191,11 +192,11 @@ def test_decoding_that_runs_out_of_memory_is_retried_in_tiles(pipe, monkeypatch,
     tiles = []
     decode = AutoencoderDC.decode
 
-    def hungry(self, latent):
+    def hungry(self, latent, **settings):
         tiles.append((self.use_slicing, None if self.tiling is None else self.tiling.tile))
         if self.tiling is None:
             raise error
-        return decode(self, latent)
+        return decode(self, latent, **settings)
 
     expected = pipe(PROMPT, num_images_per_prompt=2, seed=0).images
     monkeypatch.setattr(AutoencoderDC, "decode", hungry)
@@ -207,8 +208,33 @@ def test_decoding_that_runs_out_of_memory_is_retried_in_tiles(pipe, monkeypatch,
     assert np.abs(pixels(output.images) - pixels(expected)).mean() < 20
 
 
+@pytest.mark.parametrize("evaluations", [0, 1])
+def test_a_call_is_stopped_between_steps(pipe, evaluations):
+    steps = []
+    with pytest.raises(Stopped):
+        pipe(
+            PROMPT,
+            callback_on_step_end=lambda pipe, i, t, tensors: steps.append(i),
+            should_stop=lambda: len(steps) >= evaluations,
+        )
+    assert len(steps) == evaluations
+
+
+def test_a_call_is_stopped_between_tiles():
+    pipe, asked = tiny_pipeline(), []
+    pipe.enable_vae_tiling(tile_size=16, overlap=8)
+
+    def after_three() -> bool:
+        asked.append(1)
+        return len(asked) > 3  # asked before the one step, and before each of nine tiles
+
+    with pytest.raises(Stopped):
+        pipe(PROMPT, num_inference_steps=1, should_stop=after_three)
+    assert len(asked) == 4
+
+
 def test_decoding_that_never_fits_is_a_clear_error(pipe, monkeypatch):
-    def starving(self, latent):
+    def starving(self, latent, **settings):
         raise oom()
 
     monkeypatch.setattr(AutoencoderDC, "decode", starving)
@@ -217,7 +243,7 @@ def test_decoding_that_never_fits_is_a_clear_error(pipe, monkeypatch):
 
 
 def test_other_errors_of_the_decoder_are_not_mistaken_for_memory(pipe, monkeypatch):
-    def faulty(self, latent):
+    def faulty(self, latent, **settings):
         raise RuntimeError("shapes do not match")
 
     monkeypatch.setattr(AutoencoderDC, "decode", faulty)

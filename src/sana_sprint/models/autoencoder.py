@@ -30,6 +30,7 @@ from sana_sprint.models.dc_blocks import (
 )
 from sana_sprint.models.frugal import needs_pieces, over_pixels
 from sana_sprint.models.tiling import Tiling, run_tiled
+from sana_sprint.stopping import ShouldStop, stop_if
 
 _BLOCKS = ("EfficientViTBlock", "ResBlock")
 # Numbers of the widest grid on a GPU, whose kernels are slower at indices of more than 31 bits.
@@ -141,12 +142,20 @@ class AutoencoderDC(nn.Module):
         for axis, size in zip(("height", "width"), image.shape[2:], strict=True):
             if size == 0 or size % ratio:
                 raise ValueError(f"picture {axis} must be a positive multiple of {ratio} pixels; got {size}")
-        return self._run(self.encoder, image, in_step=ratio, out_step=1)
+        return self._run(partial(self._launch, self.encoder, step=1), image, in_step=ratio, out_step=1)
 
-    def decode(self, latent: Tensor) -> Tensor:
-        """Raw latent (B,C,h,w) -> picture (B,3,H,W), about [-1,1] and not clamped. ValueError for other channels."""
+    def decode(self, latent: Tensor, *, should_stop: ShouldStop | None = None) -> Tensor:
+        """Raw latent (B,C,h,w) -> picture (B,3,H,W), about [-1,1] and not clamped. ValueError for other channels.
+
+        `should_stop` is asked before each tile and each slice; if it returns True, `stopping.Stopped` is raised.
+        """
         _check_input("latent", latent, self.config.latent_channels)
-        return self._run(self.decoder, latent, in_step=1, out_step=self.spatial_compression_ratio)
+
+        def decoder(part: Tensor) -> Tensor:
+            stop_if(should_stop)
+            return self._launch(self.decoder, part, step=self.spatial_compression_ratio)
+
+        return self._run(decoder, latent, in_step=1, out_step=self.spatial_compression_ratio)
 
     def forward(self, image: Tensor) -> Tensor:
         """The picture's reconstruction, `decode(encode(image))`."""
@@ -200,20 +209,19 @@ class AutoencoderDC(nn.Module):
             return overlap
         return tile // 4 // self.spatial_compression_ratio * self.spatial_compression_ratio
 
-    def _run(self, network: nn.Module, x: Tensor, *, in_step: int, out_step: int) -> Tensor:
+    def _run(self, network: Callable[[Tensor], Tensor], x: Tensor, *, in_step: int, out_step: int) -> Tensor:
         if self.use_slicing and len(x) > 1:
             return torch.cat(
                 [self._run(network, one, in_step=in_step, out_step=out_step) for one in x.chunk(len(x))]
             )
         step = self.spatial_compression_ratio // in_step  # pixels of a picture for one of x
         if self.tiling is not None:
-            run = partial(self._launch, network, step=step)
-            return run_tiled(run, x, self.tiling, in_step=in_step, out_step=out_step)
+            return run_tiled(network, x, self.tiling, in_step=in_step, out_step=out_step)
         widest = x.shape[2] * x.shape[3] * step**2 * self.config.decoder_block_out_channels[0]
         if x.is_cuda and len(x) * widest > _LARGEST_GRID:
             parts = torch.split(x, max(1, _LARGEST_GRID // widest))
-            return torch.cat([self._launch(network, part, step=step) for part in parts])
-        return self._launch(network, x, step=step)
+            return torch.cat([network(part) for part in parts])
+        return network(x)
 
     def _launch(self, network: nn.Module, x: Tensor, *, step: int) -> Tensor:
         """The network's result: by a recording, where these are on and launching takes a large part of the time."""

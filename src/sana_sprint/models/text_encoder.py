@@ -44,20 +44,30 @@ ARCHITECTURES = ("Gemma2Model", "Gemma2ForCausalLM")
 
 @dataclass(frozen=True)
 class PromptEmbeddings:
-    """What the image model is conditioned on.
+    """Encoded prompts, the condition of the image model.
 
     embeds: (B,L,D) in the text encoder's dtype, L the longest prompt of the batch; 0 where `mask` is False.
     mask: (B,L) bool, True where there is a token. Position 0 is bos.
-    truncated: per prompt, whether its end was cut off.
-    num_tokens: per prompt, how many positions are real (the row sums of `mask`).
-    lost_tokens: per prompt, how many tokens were cut off.
+    lost_tokens: per prompt (not per row, see `repeat`), the number of tokens cut off at its end.
     """
 
     embeds: Tensor
     mask: Tensor
-    truncated: tuple[bool, ...]
-    num_tokens: tuple[int, ...]
     lost_tokens: tuple[int, ...] = ()
+
+    @property
+    def num_tokens(self) -> tuple[int, ...]:
+        """Tokens of each row, the row sums of `mask`. Waits for the device."""
+        return tuple(self.mask.sum(1).tolist())
+
+    def repeat(self, count: int) -> PromptEmbeddings:
+        """Each row `count` times in succession."""
+        embeds, mask = (x.repeat_interleave(count, dim=0) for x in (self.embeds, self.mask))
+        return PromptEmbeddings(embeds, mask, self.lost_tokens)
+
+    def to(self, device: torch.device | str) -> PromptEmbeddings:
+        """The tensors on `device`."""
+        return PromptEmbeddings(self.embeds.to(device), self.mask.to(device), self.lost_tokens)
 
 
 @dataclass(frozen=True)
@@ -130,8 +140,6 @@ class PromptEncoder:
         return PromptEmbeddings(
             embeds=embeds,
             mask=mask,
-            truncated=tuple(lost > 0 for lost in tokens.lost),
-            num_tokens=num_tokens,
             lost_tokens=tokens.lost,
         )
 

@@ -48,8 +48,8 @@ class BasePipeline(LoraMethods, AccelerationMethods):
     scheduler: Any
 
     def __init__(self, **components: Any) -> None:
-        for name in self.component_names:
-            setattr(self, name, components[name])
+        for name, component in components.items():
+            setattr(self, name, component)
         self._progress_settings: dict[str, Any] = {}
         self._encoder: PromptEncoder | None = None
         self._gives_back = False
@@ -200,6 +200,11 @@ class BasePipeline(LoraMethods, AccelerationMethods):
     def vae_scale_factor(self) -> int:
         """Pixels per latent cell, along each side."""
         return DEFAULT_COMPRESSION if self.vae is None else int(self.vae.spatial_compression_ratio)
+
+    @property
+    def native_size(self) -> int:
+        """Side in pixels of the pictures that the transformer was trained on, its default size."""
+        return int(self.transformer.config.sample_size) * self.vae_scale_factor
 
     def to(
         self,

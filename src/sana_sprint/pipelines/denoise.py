@@ -1,37 +1,59 @@
-"""Noise to latents, by the transformer."""
+"""The condition of a call's denoiser, and the loop from a start to clean latents."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from sana_sprint.models.transformer import CaptionContext
+from sana_sprint.backends.cuda.control import Branch, controlled_velocity, recorded_velocity
+from sana_sprint.models.controlnet import ControlContext, SanaControlNetModel
+from sana_sprint.models.text_encoder import PromptEmbeddings
+from sana_sprint.models.transformer import CaptionContext, SanaTransformer2DModel
 from sana_sprint.noise import draw_noise
 from sana_sprint.pipelines.inputs import Generators
-from sana_sprint.pipelines.text import TextInputs
+from sana_sprint.pipelines.start import Start
 from sana_sprint.precision import check_finite, send
-from sana_sprint.resolutions import Size
-from sana_sprint.sampling import sample
+from sana_sprint.sampling import Sampler, consistency
+from sana_sprint.stopping import ShouldStop
 from sana_sprint.trigflow import flow_denoiser
+
+
+@dataclass(frozen=True, kw_only=True)
+class Control:
+    """A ControlNet branch with its encoded picture, in effect in some of the steps."""
+
+    controlnet: SanaControlNetModel
+    context: ControlContext  # one row per image
+    scale: float
+    steps: frozenset[int]
+
+    def branch(self, step: int) -> Branch | None:
+        """The branch that is added in this step, if it is."""
+        if step not in self.steps or self.scale <= 0:
+            return None
+        return Branch(self.controlnet, self.context, self.scale)
 
 
 @dataclass
 class Conditioning:
-    """What the transformer knows besides the noisy latent. Belongs to one call; captions are projected once for it."""
+    """Captions, guidance and controls of one call. Captions are projected once for all steps."""
 
-    transformer: Any
-    text: TextInputs  # one row per image
+    transformer: SanaTransformer2DModel
+    text: PromptEmbeddings  # one row per image
     context: CaptionContext
     guidance: Tensor | None  # (B,) fp32
+    controls: tuple[Control, ...] = ()
 
     @classmethod
     def of(
-        cls, transformer: Any, text: TextInputs, repeats: int, guidance: tuple[float, ...] | None
+        cls,
+        transformer: SanaTransformer2DModel,
+        text: PromptEmbeddings,
+        repeats: int,
+        guidance: tuple[float, ...] | None,
     ) -> Conditioning:
         """From one row of text per prompt, with `repeats` images each, and one guidance scale per image."""
         device = transformer.device
@@ -44,53 +66,71 @@ class Conditioning:
             guidance=None if guidance is None else send(torch.tensor(guidance, dtype=torch.float32), device),
         )
 
-    def conditions(self) -> tuple[Image.Image, ...]:
-        """The pictures that are followed, one per image."""
-        return ()
-
     def replace_text(self, embeds: Tensor) -> None:
-        """Go on with other embeddings (B,L,D) under the same mask."""
+        """Continues with other embeddings (B,L,D) under the same mask."""
         self.text = replace(self.text, embeds=embeds.to(self.transformer.device))
         self.context = self.transformer.encode_caption(self.text.embeds, self.text.mask)
+        self.controls = tuple(
+            replace(
+                control,
+                context=replace(
+                    control.context, captions=self.control_captions(control.controlnet, repeats=1)
+                ),
+            )
+            for control in self.controls
+        )
 
-    def velocity(self, x: Tensor, flow_t: Tensor) -> Tensor:
-        """The flow model, fp32 in and out."""
-        v: Tensor = self.transformer(x, flow_t, self.context, self.guidance)
-        return v
+    def control_captions(self, controlnet: SanaControlNetModel, repeats: int) -> CaptionContext:
+        """The captions' keys and values in a branch, made once for each prompt, which has `repeats` rows of text."""
+        text = self.text
+        context = controlnet.encode_control_caption(
+            self.transformer, text.embeds[::repeats], text.mask[::repeats]
+        )
+        return context.repeat(repeats)
+
+    def velocity(self, x: Tensor, flow_t: Tensor, step: int) -> Tensor:
+        """The flow velocity (B,C,h,w) of x (B,C,h,w) at flow time (B,), fp32 in and out."""
+        branches = [branch for control in self.controls if (branch := control.branch(step)) is not None]
+        if not branches:
+            v: Tensor = self.transformer(x, flow_t, self.context, self.guidance)
+            return v
+        recorded = recorded_velocity(self.transformer, branches, x, flow_t, self.guidance, self.context)
+        if recorded is not None:
+            return recorded
+        return controlled_velocity(self.transformer, branches, x, flow_t, self.guidance, self.context)
+
+    def denoise(self, u: Tensor, t: Tensor, step: int) -> Tensor:
+        """F (B,C,h,w) in TrigFlow units for u at angle t (B,): a `sampling.StepDenoiser`."""
+        return flow_denoiser(lambda x, flow_t: self.velocity(x, flow_t, step))(u, t)
 
 
-Steer = Callable[[Conditioning], Conditioning]
-# (prompts, images per prompt, size, times) of a call, all checked -> what else its conditioning is to hold
-Steering = Callable[[int, int, Size, Sequence[float]], Steer]
-
-
-def by_text_alone(num_prompts: int, repeats: int, size: Size, times: Sequence[float]) -> Steer:
-    """The steering of a pipeline that has nothing to follow but the prompt."""
-    return lambda conditioning: conditioning
-
-
-def draw_latents(
+def denoise(
     conditioning: Conditioning,
-    noise: Tensor,
-    times: Sequence[float],
+    start: Start,
     generators: Generators,
     *,
     on_step: Callable[[int, float, Tensor], Tensor | None],
+    should_stop: ShouldStop | None = None,
+    sampler: Sampler = consistency,
 ) -> Tensor:
     """Clean latents (B,C,h,w) of unit variance, in fp32 whatever the weights are.
 
     Raises:
         NonFiniteError: naming the step.
+        Stopped: if `should_stop` returned True before a network evaluation.
     """
-    num_steps = len(times) - 1
+    num_steps = len(start.times) - 1
+    u = check_finite(start.u, "latents")
 
     def check_step(i: int, t: float, u: Tensor) -> Tensor | None:
         return on_step(i, t, check_finite(u, f"step {i + 1} of {num_steps}"))
 
-    return sample(
-        flow_denoiser(conditioning.velocity),
-        check_finite(noise, "latents"),
-        times,
-        draw_noise=lambda: draw_noise(noise.shape, generators, device=noise.device),
+    return sampler(
+        conditioning.denoise,
+        u,
+        start.times,
+        draw_noise=lambda: draw_noise(u.shape, generators, device=u.device),
+        constrain=start.constrain,
         on_step=check_step,
+        should_stop=should_stop,
     )

@@ -1,23 +1,77 @@
-"""A call's numbers, one per image: generators, counts and guidance scales."""
+"""The numbers of a call, checked and spread over its images."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sana_sprint.models.transformer import SanaTransformer2DModel
 from sana_sprint.noise import image_seeds, make_generators
+from sana_sprint.resolutions import Size
+from sana_sprint.stopping import ShouldStop
 
 Generators = torch.Generator | Sequence[torch.Generator]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """The arguments that every pipeline's call has, see `SanaSprintPipeline`. Nothing is checked yet."""
+
+    prompt: str | Sequence[str] | None
+    num_inference_steps: int
+    timesteps: Sequence[float] | Tensor | None
+    max_timesteps: float | None
+    intermediate_timesteps: float | None
+    guidance_scale: float | Sequence[float] | Tensor | None
+    num_images_per_prompt: int
+    height: int | None
+    width: int | None
+    generator: Generators | None
+    latents: Tensor | None
+    prompt_embeds: Tensor | None
+    prompt_attention_mask: Tensor | None
+    output_type: str
+    return_dict: bool
+    clean_caption: bool
+    use_resolution_binning: bool
+    attention_kwargs: Mapping[str, Any] | None
+    callback_on_step_end: Callable[..., Any] | None
+    callback_on_step_end_tensor_inputs: Sequence[str]
+    max_sequence_length: int
+    complex_human_instruction: Sequence[str] | None
+    seed: int | Sequence[int] | None
+    should_stop: ShouldStop | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The checked shape of a call: `num_prompts` prompts with `repeats` images each, in this size, at these angles."""
+
+    num_prompts: int
+    repeats: int
+    size: Size
+    times: tuple[float, ...]
+
+    @property
+    def num_images(self) -> int:
+        """Images of the call."""
+        return self.num_prompts * self.repeats
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the sampler."""
+        return len(self.times) - 1
 
 
 def choose_generators(
     seed: int | Sequence[int] | None, generator: Generators | None, count: int
 ) -> tuple[Generators, tuple[int, ...] | None]:
-    """Where the noise of `count` images comes from, and their seeds (None if the caller's generators decide).
+    """The generators of the noise of `count` images, and their seeds (None if the caller gave generators).
 
     Raises:
         ValueError: if both are given, or a sequence has another length than `count`.
@@ -46,14 +100,17 @@ def check_count(name: str, value: int) -> int:
 
 
 def guidance_per_image(
-    transformer: Any, scale: float | Sequence[float] | Tensor | None, num_prompts: int, repeats: int
+    transformer: SanaTransformer2DModel,
+    scale: float | Sequence[float] | Tensor | None,
+    num_prompts: int,
+    repeats: int,
 ) -> tuple[float, ...] | None:
     """Guidance scales, one per image; None for a model that embeds none.
 
     Args:
         transformer: its config says whether it embeds a guidance scale.
         scale: one for all, one per prompt, or one per image (each prompt's images together).
-        num_prompts: how many prompts there are.
+        num_prompts: the number of prompts.
         repeats: images per prompt.
 
     Raises:

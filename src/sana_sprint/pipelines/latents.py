@@ -1,24 +1,25 @@
-"""Pictures to latents and back, by the autoencoder."""
+"""Pictures to latents and back by the autoencoder, and pictures of the model's size to the size asked for."""
 
 from __future__ import annotations
 
 import copy
 import logging
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sana_sprint.images import resize_and_crop
+from sana_sprint.models.autoencoder import AutoencoderDC
 from sana_sprint.precision import check_finite
 from sana_sprint.resolutions import Size, cover
+from sana_sprint.stopping import ShouldStop
 
 logger = logging.getLogger(__name__)
 
-MAX_TILE = 1024  # pixels; of tiles that are chosen here, when memory ran out
+MAX_TILE = 1024  # pixels; of the tiles that are used when memory ran out
 
 
-def encode(vae: Any, pictures: Tensor) -> Tensor:
+def encode(vae: AutoencoderDC, pictures: Tensor) -> Tensor:
     """Pictures (B,3,H,W) in [-1,1] -> latents (B,C,h,w) of unit variance, fp32.
 
     Raises:
@@ -29,7 +30,7 @@ def encode(vae: Any, pictures: Tensor) -> Tensor:
     return raw.float() * scale
 
 
-def decode(vae: Any, u0: Tensor) -> Tensor:
+def decode(vae: AutoencoderDC, u0: Tensor, should_stop: ShouldStop | None = None) -> Tensor:
     """Clean latents (B,C,h,w) of unit variance -> pictures (B,3,H,W), about [-1,1], fp32.
 
     If memory runs out, once more with slicing and tiling, for this call only and with a warning in the log.
@@ -37,21 +38,22 @@ def decode(vae: Any, u0: Tensor) -> Tensor:
     Raises:
         MemoryError: if that does not fit either.
         NonFiniteError: if the pictures hold NaN or infinity.
+        Stopped: if `should_stop`, asked before each piece that is decoded by itself, returned True.
     """
     latent = (u0 / vae.config.scaling_factor).to(vae.device, vae.dtype)
     try:
-        images = vae.decode(latent)
+        images: Tensor | None = vae.decode(latent, should_stop=should_stop)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         images = None  # retried outside this block, which keeps the failed call's tensors alive
     if images is None:
         logger.warning("not enough memory to decode in one piece; decoding one by one in tiles instead")
-        images = _decode_frugally(vae, latent)
+        images = _decode_frugally(vae, latent, should_stop)
     return check_finite(images, "the autoencoder's decoder").float()
 
 
-def _decode_frugally(vae: Any, latent: Tensor) -> Tensor:
+def _decode_frugally(vae: AutoencoderDC, latent: Tensor, should_stop: ShouldStop | None) -> Tensor:
     """One by one, in tiles of half the longer side (or of the tiles there were), 1024 pixels at most."""
     # A copy shares the weights; the original keeps its settings, which other threads rely on.
     frugal = copy.copy(vae)
@@ -60,7 +62,7 @@ def _decode_frugally(vae: Any, latent: Tensor) -> Tensor:
     frugal.enable_slicing()
     frugal.enable_tiling(min(-(-longest // 2), max(1, MAX_TILE // ratio)) * ratio)
     try:
-        images: Tensor = frugal.decode(latent)
+        images: Tensor = frugal.decode(latent, should_stop=should_stop)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

@@ -1,45 +1,23 @@
-"""From a call's prompts, or ready-made embeddings, to what the transformer is conditioned on."""
+"""Prompts of a call, as text or as embeddings, and their encoding."""
 
 from __future__ import annotations
 
 import logging
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor
 
-from sana_sprint.models.text_encoder import PromptEncoder
+from sana_sprint.models.text_encoder import PromptEmbeddings, PromptEncoder
 from sana_sprint.precision import check_finite
 
 logger = logging.getLogger(__name__)
 
 # Tokenizers are not thread-safe ("Already borrowed"), and pipelines may share one.
 _LOCKS: WeakKeyDictionary[Any, threading.Lock] = WeakKeyDictionary()
-
-
-@dataclass(frozen=True)
-class TextInputs:
-    """embeds (B,L,D) and mask (B,L), True = a token; per prompt how many tokens at its end were cut off."""
-
-    embeds: Tensor
-    mask: Tensor
-    lost_tokens: tuple[int, ...]
-
-    def repeat(self, count: int) -> TextInputs:
-        """Each prompt's row `count` times in succession, of embeddings and mask alike."""
-        return replace(
-            self,
-            embeds=self.embeds.repeat_interleave(count, dim=0),
-            mask=self.mask.repeat_interleave(count, dim=0),
-        )
-
-    def to(self, device: torch.device | str) -> TextInputs:
-        """The tensors on `device`."""
-        return replace(self, embeds=self.embeds.to(device), mask=self.mask.to(device))
 
 
 @dataclass(frozen=True)
@@ -75,7 +53,7 @@ class Prompts:
 
     @property
     def count(self) -> int:
-        """How many prompts there are."""
+        """The number of prompts."""
         return len(self.texts) if self.embeds is None else self.embeds.shape[0]
 
     def encode(
@@ -84,7 +62,7 @@ class Prompts:
         clean_caption: bool,
         max_sequence_length: int,
         complex_human_instruction: Sequence[str] | None,
-    ) -> TextInputs:
+    ) -> PromptEmbeddings:
         """One row per prompt. A prompt that does not fit its window is cut, counted and logged as a warning.
 
         Raises:
@@ -92,7 +70,7 @@ class Prompts:
             NonFiniteError: if embeddings hold NaN or infinity.
         """
         if self.embeds is not None and self.mask is not None:
-            return TextInputs(
+            return PromptEmbeddings(
                 check_finite(self.embeds, "prompt_embeds"), self.mask != 0, lost_tokens=(0,) * self.count
             )
         if encoder is None:
@@ -109,7 +87,8 @@ class Prompts:
                 logger.warning(
                     "prompt %d of %d is too long: its last %d tokens are not used", i + 1, self.count, lost
                 )
-        return TextInputs(check_finite(found.embeds, "the text encoder"), found.mask, found.lost_tokens)
+        check_finite(found.embeds, "the text encoder")
+        return found
 
 
 def _check_texts(texts: list[Any]) -> None:

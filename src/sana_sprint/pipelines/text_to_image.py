@@ -4,26 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from sana_sprint.backends.cpu.allocator import freed_memory_kept
+from sana_sprint.models.text_encoder import PromptEmbeddings
 from sana_sprint.noise import draw_noise
 from sana_sprint.pipelines.base import BasePipeline
 from sana_sprint.pipelines.callbacks import StepCallback, StepHook, check_tensor_inputs
-from sana_sprint.pipelines.denoise import Conditioning, Steering, by_text_alone, draw_latents
-from sana_sprint.pipelines.inputs import Generators, check_count, choose_generators, guidance_per_image
+from sana_sprint.pipelines.control import ControlInput
+from sana_sprint.pipelines.denoise import Conditioning, denoise
+from sana_sprint.pipelines.inputs import (
+    Call,
+    Generators,
+    Plan,
+    check_count,
+    choose_generators,
+    guidance_per_image,
+)
 from sana_sprint.pipelines.latents import decode, fit
 from sana_sprint.pipelines.output import Pictures, SanaSprintOutput, check_output_type, convert
-from sana_sprint.pipelines.text import Prompts, TextInputs
+from sana_sprint.pipelines.start import Start, from_noise
+from sana_sprint.pipelines.text import Prompts
 from sana_sprint.precision import check_dtype, dtype_name, finite_checks_later
 from sana_sprint.prompts import COMPLEX_HUMAN_INSTRUCTION, DEFAULT_MAX_SEQUENCE_LENGTH
 from sana_sprint.resolutions import Size, plan_size
-from sana_sprint.sampling import PUBLISHED_INTERMEDIATE, PUBLISHED_MAX, schedule
+from sana_sprint.sampling import PUBLISHED_GUIDANCE, PUBLISHED_INTERMEDIATE, PUBLISHED_MAX, schedule
+from sana_sprint.stopping import ShouldStop
 
-_MANY_PIXELS = 512 * 512  # with fewer, what the allocator gives to the system is soon asked for again
+if TYPE_CHECKING:
+    from transformers import Gemma2Model, PreTrainedTokenizerBase
+
+    from sana_sprint.models.autoencoder import AutoencoderDC
+    from sana_sprint.models.transformer import SanaTransformer2DModel
+    from sana_sprint.scheduler import SCMScheduler
+
+_MANY_PIXELS = 512 * 512  # below it, memory that the allocator returns is soon asked for again
 
 __all__ = ["SanaSprintOutput", "SanaSprintPipeline"]
 
@@ -62,6 +80,8 @@ class SanaSprintPipeline(BasePipeline):
         complex_human_instruction: lines put before every prompt; the published ones by default, None for none.
         seed: a number, for image i of the batch seed + i, or one per image. Random, and reported, if neither this nor
             `generator` is given. Image i is the same picture whether it is made alone or in a batch.
+        should_stop: asked before each step, each tile and each picture that is decoded. If it returns True, the call ends
+            with `stopping.Stopped`.
 
     Raises:
         ValueError: for a bad argument, naming its value and what is allowed, before any computing.
@@ -71,7 +91,14 @@ class SanaSprintPipeline(BasePipeline):
 
     published_class_name = "SanaSprintPipeline"
 
-    def __init__(self, tokenizer: Any, text_encoder: Any, vae: Any, transformer: Any, scheduler: Any) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        text_encoder: Gemma2Model | None,
+        vae: AutoencoderDC | None,
+        transformer: SanaTransformer2DModel | None,
+        scheduler: SCMScheduler | None,
+    ) -> None:
         super().__init__(
             tokenizer=tokenizer,
             text_encoder=text_encoder,
@@ -88,7 +115,7 @@ class SanaSprintPipeline(BasePipeline):
         timesteps: Sequence[float] | Tensor | None = None,
         max_timesteps: float | None = PUBLISHED_MAX,
         intermediate_timesteps: float | None = PUBLISHED_INTERMEDIATE,
-        guidance_scale: float | Sequence[float] | Tensor | None = 4.5,
+        guidance_scale: float | Sequence[float] | Tensor | None = PUBLISHED_GUIDANCE,
         num_images_per_prompt: int = 1,
         height: int | None = None,
         width: int | None = None,
@@ -108,86 +135,120 @@ class SanaSprintPipeline(BasePipeline):
         complex_human_instruction: Sequence[str] | None = COMPLEX_HUMAN_INSTRUCTION,
         *,
         seed: int | Sequence[int] | None = None,
-        _steering: Steering = by_text_alone,
+        should_stop: ShouldStop | None = None,
     ) -> SanaSprintOutput | tuple[Pictures]:
         """See the class for arguments and errors."""
-        self._check_call(output_type, callback_on_step_end_tensor_inputs)
-        transformer = self._transformer_at(attention_kwargs)
-        prompts = Prompts(prompt, prompt_embeds, prompt_attention_mask)
-        repeats = check_count("num_images_per_prompt", num_images_per_prompt)
-        guidance = guidance_per_image(self.transformer, guidance_scale, prompts.count, repeats)
-        times = schedule(
-            num_inference_steps,
-            timesteps=timesteps,
-            max_timesteps=max_timesteps,
-            intermediate_timesteps=intermediate_timesteps,
+        return self._generate(
+            Call(
+                prompt=prompt,
+                num_inference_steps=num_inference_steps,
+                timesteps=timesteps,
+                max_timesteps=max_timesteps,
+                intermediate_timesteps=intermediate_timesteps,
+                guidance_scale=guidance_scale,
+                num_images_per_prompt=num_images_per_prompt,
+                height=height,
+                width=width,
+                generator=generator,
+                latents=latents,
+                prompt_embeds=prompt_embeds,
+                prompt_attention_mask=prompt_attention_mask,
+                output_type=output_type,
+                return_dict=return_dict,
+                clean_caption=clean_caption,
+                use_resolution_binning=use_resolution_binning,
+                attention_kwargs=attention_kwargs,
+                callback_on_step_end=callback_on_step_end,
+                callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+                max_sequence_length=max_sequence_length,
+                complex_human_instruction=complex_human_instruction,
+                seed=seed,
+                should_stop=should_stop,
+            )
         )
-        size = self._plan_size(height, width, use_resolution_binning)
-        generators, seeds = choose_generators(seed, generator, prompts.count * repeats)
-        shape = self._latent_shape(prompts.count * repeats, size, latents)
-        steer = _steering(prompts.count, repeats, size, times)
-        with self._computing(shape[0] * size.model_pixels, callback_on_step_end):
-            text = self._encode(prompts, clean_caption, max_sequence_length, complex_human_instruction)
-            noise = self._noise(latents, shape, generators)  # while a GPU is at the text
-            conditioning = steer(Conditioning.of(transformer, text, repeats, guidance))
-            hook = self._hook(callback_on_step_end, callback_on_step_end_tensor_inputs, conditioning)
-            u0 = self._draw(conditioning, noise, times, generators, hook)
+
+    def _generate(
+        self, call: Call, controls: Sequence[ControlInput] = ()
+    ) -> SanaSprintOutput | tuple[Pictures]:
+        """Checks a call, encodes its text and controls, samples latents and decodes them."""
+        self.need("transformer", "scheduler", *(["vae"] if call.output_type != "latent" or controls else []))
+        self._check_dtypes()
+        check_output_type(call.output_type)
+        check_tensor_inputs(call.callback_on_step_end_tensor_inputs)
+        transformer = self._transformer_at(call.attention_kwargs)
+        prompts = Prompts(call.prompt, call.prompt_embeds, call.prompt_attention_mask)
+        repeats = check_count("num_images_per_prompt", call.num_images_per_prompt)
+        guidance = guidance_per_image(transformer, call.guidance_scale, prompts.count, repeats)
+        times = schedule(
+            call.num_inference_steps,
+            timesteps=call.timesteps,
+            max_timesteps=call.max_timesteps,
+            intermediate_timesteps=call.intermediate_timesteps,
+        )
+        size = self._plan_size(call.height, call.width, call.use_resolution_binning)
+        plan = Plan(num_prompts=prompts.count, repeats=repeats, size=size, times=tuple(times))
+        generators, seeds = choose_generators(call.seed, call.generator, plan.num_images)
+        shape = self._latent_shape(plan, call.latents)
+        prepared = [control.prepare(plan) for control in controls]
+        with self._computing(shape[0] * size.model_pixels, call.callback_on_step_end):
+            text = self._encode(prompts, call)
+            start = from_noise(
+                self._noise(call.latents, shape, generators), times
+            )  # while a GPU encodes text
+            conditioning = Conditioning.of(transformer, text, repeats, guidance)
+            conditioning.controls = tuple(control.encode(conditioning, repeats) for control in prepared)
+            u0 = self._denoise(conditioning, start, generators, call)
             self._give_back("transformer", "controlnet")
-            pixels = None if output_type == "latent" else decode(self.vae, u0)
-        images = u0 if pixels is None else convert(fit(pixels, size), output_type)
+            pixels = None if call.output_type == "latent" else decode(self.vae, u0, call.should_stop)
+        images = u0 if pixels is None else convert(fit(pixels, size), call.output_type)
         self._give_back("vae")
         output = SanaSprintOutput.of(
-            images, size, seeds=seeds, times=tuple(times), guidance=guidance, **self._facts(conditioning)
+            images,
+            size,
+            seeds=seeds,
+            times=start.times,
+            guidance=guidance,
+            dtype=dtype_name(self.dtype),
+            lost_tokens=text.lost_tokens,
+            conditions=tuple(picture for control in prepared for picture in control.pictures()),
         )
-        return output if return_dict else (images,)
+        return output if call.return_dict else (images,)
 
     @contextmanager
     def _computing(self, pixels: int, callback: StepCallback | None) -> Iterator[None]:
-        """What holds while so many pixels are drawn."""
+        """Context for one call: deferred finite checks and, on a CPU, malloc settings."""
         on_cpu = self.device.type == "cpu"
         with (
-            finite_checks_later(callback is None),  # a callback is shown nothing unchecked
+            finite_checks_later(callback is None),  # a callback must see checked tensors only
             freed_memory_kept(on_cpu and pixels >= _MANY_PIXELS),
         ):
             yield
 
-    def _encode(
-        self, prompts: Prompts, clean: bool, length: int, instruction: Sequence[str] | None
-    ) -> TextInputs:
-        text = prompts.encode(self.prompt_encoder, clean, length, instruction)
+    def _encode(self, prompts: Prompts, call: Call) -> PromptEmbeddings:
+        text = prompts.encode(
+            self.prompt_encoder, call.clean_caption, call.max_sequence_length, call.complex_human_instruction
+        )
         self._give_back("text_encoder")
         return text
 
-    def _check_call(self, output_type: str, tensor_names: Sequence[str]) -> None:
-        self.need("transformer", "scheduler", *(["vae"] if output_type != "latent" else []))
+    def _check_dtypes(self) -> None:
         for name in self._modules():
             check_dtype(name, getattr(self, name).dtype)
-        check_output_type(output_type)
-        check_tensor_inputs(tensor_names)
-
-    def _facts(self, conditioning: Conditioning) -> dict[str, Any]:
-        """What the output tells of a call's conditioning."""
-        return {
-            "dtype": dtype_name(self.dtype),
-            "lost_tokens": conditioning.text.lost_tokens,
-            "conditions": conditioning.conditions(),
-        }
 
     def _plan_size(self, height: int | None, width: int | None, use_binning: bool) -> Size:
-        config, ratio = self.transformer.config, self.vae_scale_factor
         return plan_size(
             height,
             width,
-            native=config.sample_size * ratio,
-            multiple=config.patch_size * ratio,
+            native=self.native_size,
+            multiple=self.transformer.config.patch_size * self.vae_scale_factor,
             use_binning=use_binning,
         )
 
-    def _latent_shape(self, num_images: int, size: Size, latents: Tensor | None) -> tuple[int, ...]:
+    def _latent_shape(self, plan: Plan, latents: Tensor | None) -> tuple[int, ...]:
         """(B,C,h,w), which the caller's latents must have."""
-        ratio = self.vae_scale_factor
+        ratio, size = self.vae_scale_factor, plan.size
         channels = self.transformer.config.in_channels
-        shape = (num_images, channels, size.model_height // ratio, size.model_width // ratio)
+        shape = (plan.num_images, channels, size.model_height // ratio, size.model_width // ratio)
         if latents is not None and latents.shape != shape:
             raise ValueError(f"latents must be of shape {shape} for this call, got: {tuple(latents.shape)}")
         return shape
@@ -199,25 +260,18 @@ class SanaSprintPipeline(BasePipeline):
             return draw_noise(shape, generators, device=device)
         return latents.to(device, torch.float32)
 
-    def _hook(
-        self, callback: StepCallback | None, names: Sequence[str], conditioning: Conditioning
-    ) -> StepHook | None:
-        if callback is None:
-            return None
-        return StepHook(callback, self, names, conditioning, self.scheduler.config.sigma_data)
-
-    def _draw(
-        self,
-        conditioning: Conditioning,
-        noise: Tensor,
-        times: Sequence[float],
-        generators: Generators,
-        hook: StepHook | None,
+    def _denoise(
+        self, conditioning: Conditioning, start: Start, generators: Generators, call: Call
     ) -> Tensor:
-        with self.progress_bar(len(times) - 1) as bar:
+        hook: StepHook | None = None
+        if call.callback_on_step_end is not None:
+            names = call.callback_on_step_end_tensor_inputs
+            sigma_data = self.scheduler.config.sigma_data
+            hook = StepHook(call.callback_on_step_end, self, names, conditioning, sigma_data)
+        with self.progress_bar(len(start.times) - 1) as bar:
 
             def on_step(i: int, t: float, u: Tensor) -> Tensor | None:
                 bar.update()
                 return None if hook is None else hook(i, t, u)
 
-            return draw_latents(conditioning, noise, times, generators, on_step=on_step)
+            return denoise(conditioning, start, generators, on_step=on_step, should_stop=call.should_stop)

@@ -46,8 +46,6 @@ class EmbeddingCache:
         return PromptEmbeddings(
             embeds=embeds.to(self._device),
             mask=(torch.arange(embeds.shape[1]) < torch.tensor(num_tokens)[:, None]).to(self._device),
-            truncated=tuple(lost > 0 for _, lost in rows),
-            num_tokens=num_tokens,
             lost_tokens=tuple(lost for _, lost in rows),
         )
 

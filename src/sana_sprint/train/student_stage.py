@@ -20,7 +20,7 @@ from sana_sprint.images import grid, to_pil
 from sana_sprint.models.autoencoder import AutoencoderDC
 from sana_sprint.models.text_encoder import PromptEmbeddings, PromptEncoder, load_text_encoder, load_tokenizer
 from sana_sprint.models.transformer import CaptionContext, SanaTransformer2DModel
-from sana_sprint.sampling import sample, schedule
+from sana_sprint.sampling import at_any_step, consistency, schedule
 from sana_sprint.scheduler import SCMScheduler
 from sana_sprint.train import distributed
 from sana_sprint.train.adversary import Adversary
@@ -206,7 +206,7 @@ class StudentStage:
                 def draw(generator: torch.Generator = generator) -> Tensor:
                     return torch.randn(shape, generator=generator).to(self.device)
 
-                latent = sample(denoiser, draw(), schedule(num_steps), draw_noise=draw)
+                latent = consistency(at_any_step(denoiser), draw(), schedule(num_steps), draw_noise=draw)
                 rows.append(self.autoencoder.decode(latent / self.autoencoder.config.scaling_factor).float())
         folder.mkdir(parents=True, exist_ok=True)
         grid(to_pil(torch.cat(rows)), columns=shape[0]).save(folder / f"{step:08d}.png")

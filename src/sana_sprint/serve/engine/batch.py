@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,11 +28,12 @@ from sana_sprint.pipelines.text import Prompts
 from sana_sprint.pipelines.text_to_image import SanaSprintPipeline
 from sana_sprint.prompts import COMPLEX_HUMAN_INSTRUCTION, DEFAULT_MAX_SEQUENCE_LENGTH
 from sana_sprint.resolutions import Size
+from sana_sprint.sampling import PUBLISHED_GUIDANCE
 from sana_sprint.serve.engine.job import ImageRequest, Job, Result
+from sana_sprint.stopping import Stopped
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_GUIDANCE = 4.5  # as in the pipeline's call
 # Pictures are decoded together as long as they are no larger than one of 1024 px: between such groups work can stop.
 PIXELS_PER_DECODE = 2**20
 
@@ -62,7 +64,7 @@ class ModelFacts:
         pipeline = pipelines.text
         config = pipeline.transformer.config
         return cls(
-            native=config.sample_size * pipeline.vae_scale_factor,
+            native=pipeline.native_size,
             has_guidance=config.guidance_embeds,
             has_control=pipelines.control is not None,
             dtype=str(pipeline.dtype).removeprefix("torch."),
@@ -112,10 +114,6 @@ class PromptCache:
     def clear(self) -> None:
         """Forget all, as when the model leaves the device."""
         self._known.clear()
-
-
-class _Unwanted(Exception):  # noqa: N818
-    """Nobody waits for these pictures any more."""
 
 
 @dataclass(frozen=True)
@@ -170,8 +168,8 @@ class _Batch:
             embeds, mask = self._text(rows)
             latents = self._latents(rows, embeds, mask)
             self._decode(rows, latents)
-        except _Unwanted:
-            pass
+        except Stopped:
+            logger.debug("nobody waits for %d pictures: not drawn", len(rows))
 
     def result(self, job: Job) -> Result:
         assert self.output is not None  # a job that was not cancelled has been drawn
@@ -221,6 +219,7 @@ class _Batch:
                 output_type="latent",
                 callback_on_step_end=lambda *_: _step_done(rows),
                 callback_on_step_end_tensor_inputs=(),
+                should_stop=lambda: _are_unwanted(rows),
                 **control,
             )
         latents = self.output.images
@@ -243,7 +242,7 @@ class _Batch:
     def _guidance(self, job: Job) -> float | None:
         if not self.pipelines.text.transformer.config.guidance_embeds:
             return job.request.guidance_scale  # None, or for the pipeline to refuse
-        return DEFAULT_GUIDANCE if job.request.guidance_scale is None else job.request.guidance_scale
+        return PUBLISHED_GUIDANCE if job.request.guidance_scale is None else job.request.guidance_scale
 
     def _decode(self, rows: list[_Row], latents: Tensor) -> None:
         assert self.output is not None
@@ -255,37 +254,28 @@ class _Batch:
                 part = [i for i in kept[start : start + at_once] if rows[i].wanted]
                 if not part:
                     continue
-                with _stoppable(vae, [rows[i] for i in part]):
-                    images = to_pil(fit(decode(vae, latents[part]), size))
-                    self.pictures |= {
-                        (rows[i].job, rows[i].index): image for i, image in zip(part, images, strict=True)
-                    }
+                drawn = [rows[i] for i in part]
+                try:
+                    pixels = decode(vae, latents[part], should_stop=partial(_are_unwanted, drawn))
+                except Stopped:  # others of the batch go on
+                    logger.debug("nobody waits for %d pictures: not decoded", len(drawn))
+                    continue
+                images = to_pil(fit(pixels, size))
+                self.pictures |= {
+                    (row.job, row.index): image for row, image in zip(drawn, images, strict=True)
+                }
 
 
 def _size(output: SanaSprintOutput) -> Size:
     return Size(output.height, output.width, output.model_height, output.model_width)
 
 
+def _are_unwanted(rows: Sequence[_Row]) -> bool:
+    """Returns True once nobody waits for any of these rows."""
+    return not any(row.wanted for row in rows)
+
+
 def _step_done(rows: Sequence[_Row]) -> None:
-    """After a step of all rows: tell their jobs, and stop if nobody waits."""
-    if not any(row.wanted for row in rows):
-        raise _Unwanted
+    """Reports a step of all rows to their jobs."""
     for job in dict.fromkeys(row.job for row in rows):
         job.advance(sum(row.job is job for row in rows))
-
-
-@contextmanager
-def _stoppable(vae: Any, rows: Sequence[_Row]) -> Iterator[None]:
-    """Leave a decoding before its next tile once all of these rows are unwanted; others go on."""
-
-    def before_tile(*_: object) -> None:
-        if not any(row.wanted for row in rows):
-            raise _Unwanted
-
-    handle = vae.decoder.register_forward_pre_hook(before_tile)
-    try:
-        yield
-    except _Unwanted:
-        logger.debug("nobody waits for %d pictures: not decoded", len(rows))
-    finally:
-        handle.remove()
