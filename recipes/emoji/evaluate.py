@@ -79,10 +79,10 @@ def main() -> None:
 
 
 class Teacher:
-    """A teacher run's final folder with the guidance of the student's training; fp32 weights, called under bf16 autocast."""
+    """A teacher run's final folder with the guidance of a student's training; fp32 weights, called under bf16 autocast."""
 
-    def __init__(self, folder: Path) -> None:
-        recipe = load_config(RECIPE)
+    def __init__(self, folder: Path, student: Path = RECIPE) -> None:
+        recipe = load_config(student)
         assert isinstance(recipe, StudentRun)
         self.recipe = recipe
         self.device = device()

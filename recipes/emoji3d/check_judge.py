@@ -60,18 +60,18 @@ def displace(scene: Scene, rng: random.Random) -> Scene:
 
 def is_true(prompt: Prompt, shown: Scene) -> bool:
     """Whether a prompt's caption holds for another scene's picture."""
-    scene, caption = prompt.scene, prompt.caption
+    scene, says = prompt.scene, prompt.says
 
     def asked(each: Scene) -> Counter[Kind]:
         return Counter(
-            thing.kind if caption.names_sizes else replace(thing.kind, size=None) for thing in each.things
+            thing.kind if says.names_sizes else replace(thing.kind, size=None) for thing in each.things
         )
 
-    if asked(scene) != asked(shown) or (caption.names_style and scene.style != shown.style):
+    if asked(scene) != asked(shown) or (says.names_style and scene.style != shown.style):
         return False
-    if caption.names_background and not are_same(scene.background, shown.background):
+    if says.names_background and not are_same(scene.background, shown.background):
         return False
-    if scene.relation is None or not caption.names_relation:
+    if scene.relation is None or not says.names_relation:
         return True
     found = {thing.kind: thing for thing in shown.things}
     return holds(scene.relation, [found[thing.kind] for thing in scene.things])

@@ -20,8 +20,8 @@ from recipes.emoji3d.background_finder import SIDE, FoundBackground, find_backgr
 from recipes.emoji3d.backgrounds import Background
 from recipes.emoji3d.look_alikes import better_kind
 from recipes.emoji3d.matcher import Layout, Place, locate
-from recipes.emoji3d.samples import Prompt
-from recipes.emoji3d.scenes import TASKS, Scene, Thing, holds
+from recipes.emoji3d.samples import Prompt, evaluation_prompts
+from recipes.emoji3d.scenes import TASKS, Scene, Thing, called, holds
 
 # Each threshold lies between real pictures degraded to 28 dB and the strongest wrong ones, see `check_judge`.
 MIN_FIT = 0.6  # of a thing that is whole
@@ -33,11 +33,15 @@ MIN_RATIO = 1.25  # of a big thing to a small one beside it; scenes have at leas
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether a picture is what its caption says, and what is wrong: "" if nothing."""
+    """Whether a picture is what its caption says, what is wrong ("" if nothing), and what was found.
+
+    The style is the one in which the caption's things fit best.
+    """
 
     correct: bool
     reason: str
     places: tuple[Place, ...]
+    style: str
     background: Background
 
 
@@ -54,23 +58,30 @@ def judge(image: Image.Image | np.ndarray, prompt: Prompt, *, device: str | torc
     layouts = [locate(picture, found.pixels, kinds, style) for style in STYLES]
     layout = min(layouts, key=lambda each: each.error)
     reason = (
-        _wrong_style(layout, prompt)
-        or _wrong_background(found, prompt)
+        _wrong_background(found, prompt)
         or _wrong_things(picture, layout, prompt.scene)
+        or _wrong_style(layout, prompt)
         or _wrong_sizes(layout, prompt)
         or _wrong_relation(layout, prompt)
     )
-    return Verdict(not reason, reason, layout.places, found.background)
+    return Verdict(not reason, reason, layout.places, layout.style, found.background)
 
 
 def judge_many(
     images: Sequence[Image.Image | np.ndarray],
     prompts: Sequence[Prompt],
     *,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
 ) -> list[Verdict]:
-    """Judges each picture by the prompt in the same position."""
+    """Judges each picture by the prompt in the same position, on a GPU if there is one and `device` names no other."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     return [judge(image, prompt, device=device) for image, prompt in zip(images, prompts, strict=True)]
+
+
+def evaluation_scenes(count: int = 600) -> list[Prompt]:
+    """The held-out prompts of the everyday concepts, as `sana_sprint.evaluate.compositional` asks for them."""
+    return evaluation_prompts(count)
 
 
 def summarize(verdicts: Sequence[Verdict], prompts: Sequence[Prompt]) -> dict[str, float]:
@@ -103,13 +114,13 @@ def _tensor(image: Image.Image | np.ndarray) -> Tensor:
 
 
 def _wrong_style(layout: Layout, prompt: Prompt) -> str:
-    if not prompt.caption.names_style or layout.style == prompt.scene.style:
+    if not prompt.says.names_style or layout.style == prompt.scene.style:
         return ""
     return f"the style is {layout.style}, not {prompt.scene.style}"
 
 
 def _wrong_background(found: FoundBackground, prompt: Prompt) -> str:
-    if not prompt.caption.names_background or are_same(found.background, prompt.scene.background):
+    if not prompt.says.names_background or are_same(found.background, prompt.scene.background):
         return ""
     return f"the background is {_named(found.background)}, not {_named(prompt.scene.background)}"
 
@@ -133,19 +144,19 @@ def _wrong_things(picture: Tensor, layout: Layout, scene: Scene) -> str:
     if len(layout.places) < len(scene.things):
         return "something is missing"
     for place, behind in zip(layout.places, layout.behind, strict=True):
-        name = place.kind.concept.name
+        name = called(place.kind)
         if place.fit < MIN_FIT:
-            return f"there is no whole {place.kind.hue or ''} {name}: its worse half fits {place.fit:.2f}"
+            return f"there is no whole {name}: its worse half fits {place.fit:.2f}"
         other = better_kind(picture, place, behind, layout.style)
         if other is not None:
-            return f"it is rather {other.hue or ''} {other.concept.name} than {place.kind.hue or ''} {name}"
+            return f"it is rather {called(other)} than {name}"
     if layout.leftover > MAX_LEFTOVER:
         return f"there is something else: {layout.leftover:.0f} levels off the background"
     return ""
 
 
 def _wrong_sizes(layout: Layout, prompt: Prompt) -> str:
-    if not prompt.caption.names_sizes:
+    if not prompt.says.names_sizes:
         return ""
     sizes = {place.kind.size: place.size for place in layout.places}
     if sizes.keys() == {"small", "big"}:
@@ -160,7 +171,7 @@ def _wrong_sizes(layout: Layout, prompt: Prompt) -> str:
 def _wrong_relation(layout: Layout, prompt: Prompt) -> str:
     """The places must be those of the scene's kinds."""
     relation = prompt.scene.relation
-    if relation is None or not prompt.caption.names_relation:
+    if relation is None or not prompt.says.names_relation:
         return ""
     things = []
     for thing in prompt.scene.things:

@@ -108,7 +108,7 @@ def combinations(scene: Scene) -> list[tuple[object, ...]]:
     """
     kinds = scene.kinds
     found: list[tuple[object, ...]] = []
-    found += [tuple(sorted(_called(kind) for kind in two)) for two in pairs_of((k for k, _ in kinds), 2)]
+    found += [tuple(sorted(called(kind) for kind in two)) for two in pairs_of((k for k, _ in kinds), 2)]
     found += [(kind.concept.name, count) for kind, count in kinds if count > 1]
     hues: list[tuple[object, ...]] = [(kind.concept.name, kind.hue) for kind, _ in kinds if kind.hue]
     found = hues + found if scene.task == "color" else found + hues
@@ -147,7 +147,8 @@ def is_visible(emoji: str, style: str, hue: str | None, color: str) -> bool:
     return bool((opacity * (distance > _VISIBLE_LEVELS)).sum() >= _VISIBLE * opacity.sum())
 
 
-def _called(kind: Kind) -> str:
+def called(kind: Kind) -> str:
+    """The kind's hue and name."""
     return f"{kind.hue} {kind.concept.name}" if kind.hue else kind.concept.name
 
 
@@ -295,4 +296,5 @@ def _sorted(relation: str | None, things: list[Thing]) -> tuple[Thing, ...] | No
     first, second, *rest = things
     swapped = [replace(first, x=second.x, y=second.y), replace(second, x=first.x, y=first.y), *rest]
     inside = all(thing.size / 2 <= min(thing.x, thing.y, 1 - thing.x, 1 - thing.y) for thing in swapped)
-    return tuple(swapped) if inside and holds(relation, swapped) else None
+    apart = all(_are_apart(one, other) for one, other in pairs_of(swapped, 2))
+    return tuple(swapped) if inside and apart and holds(relation, swapped) else None
