@@ -46,7 +46,7 @@ class TeacherStage(FlowStage):
         tokenizer = self._tokenizer(config)
         text_encoder = make_text_encoder(len(tokenizer), config.text_encoder)
         transformer = SanaTransformer2DModel(TransformerConfig.from_dict(config.model))
-        _initialise(transformer)
+        initialise(transformer)
         return tokenizer, text_encoder, transformer
 
     def _tokenizer(self, config: TeacherRun) -> PreTrainedTokenizerBase:
@@ -67,7 +67,7 @@ def _load(folder: Path) -> tuple[PreTrainedTokenizerBase, Gemma2Model, SanaTrans
     )
 
 
-def _initialise(transformer: SanaTransformer2DModel) -> None:
+def initialise(transformer: SanaTransformer2DModel) -> None:
     """DiT's start (arXiv 2212.09748, sec. 3.2): every block is the identity, the output is zero."""
     for name, parameter in transformer.named_parameters():
         if name.endswith(("to_out.0.weight", "proj_out.weight", "to_out.0.bias", "proj_out.bias")):
