@@ -98,7 +98,8 @@ def recolor(picture: Image.Image, color: tuple[int, int, int]) -> Image.Image:
 
 def _colorfulness(rgb: np.ndarray) -> np.ndarray:
     """From 0 (gray) to 1 (clearly coloured), of each pixel."""
-    spread = rgb.max(axis=2) - rgb.min(axis=2)
+    red, green, blue = rgb[..., 0], rgb[..., 1], rgb[..., 2]  # faster than a reduction over an axis of three
+    spread = np.maximum(np.maximum(red, green), blue) - np.minimum(np.minimum(red, green), blue)
     colorful: np.ndarray = ((spread - 0.08) / 0.17).clip(0, 1)
     return colorful
 

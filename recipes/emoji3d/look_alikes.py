@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor, nn
 
 from recipes.emoji3d.artwork import HUES, takes_hue
 from recipes.emoji3d.background_finder import SIDE
-from recipes.emoji3d.concepts import concepts, named, tier_of
+from recipes.emoji3d.concepts import Concept, concepts, tier_of
 from recipes.emoji3d.matcher import Place, layers
 from recipes.emoji3d.scenes import Kind
 
@@ -30,33 +32,47 @@ def better_kind(picture: Tensor, place: Place, behind: Tensor, style: str) -> Ki
         behind: the picture that the background and the things placed before it make, of the same form.
         style: of the artwork.
     """
-    kind = place.kind
-    own = _gains(picture, behind, place, _prepared((Kind(kind.concept, kind.hue),), style, picture.device))
-    rivals = _rivals(kind.concept.name, kind.hue, style)
-    gains = _gains(picture, behind, place, _prepared(rivals, style, picture.device))
-    margin = _MARGIN * _change(
-        behind, place, _prepared((Kind(kind.concept, kind.hue),), style, picture.device)
-    )
-    best = int(gains.argmax())
-    return rivals[best] if float(gains[best]) > float(own[0]) + margin else None
+    kind, device = place.kind, picture.device
+    views = [_View(*(_square(each, place, zoom) for each in (picture, behind)), zoom) for zoom in _ZOOMS]
+    own_art = _stacked((replace(kind, size=None),), style, device)
+    tier = tier_of(kind.concept)
+    rivals = [_tier(tier, style, hue, device) for hue in dict.fromkeys((None, kind.hue))]
+    rivals.append(_in_hues(kind.concept, style, device))
+    under = views[_ZOOMS.index(1.0)].under
+    own_change = float((own_art[0, :3] - own_art[0, 3:] * under).square().sum())
+    bar = float(_gains(views, own_art)[0]) + _MARGIN * own_change
+    best: tuple[float, Kind | None] = (bar, None)
+    for kinds, art in rivals:
+        if not kinds:
+            continue
+        gains = _gains(views, art)
+        for index in gains.topk(min(2, len(kinds))).indices.tolist():
+            rival = kinds[index]
+            if (rival.concept, rival.hue) != (kind.concept, kind.hue) and float(gains[index]) > best[0]:
+                best = float(gains[index]), rival
+    return best[1]
 
 
-def _gains(picture: Tensor, behind: Tensor, place: Place, art: Tensor) -> Tensor:
-    """How much each of K artworks (K,4,s,s) lowers the squared error there, at the best zoom: (K)."""
+@dataclass(frozen=True, slots=True)
+class _View:
+    """The square of a place as the picture shows it and without the thing, (3,s,s), and how much larger it is."""
+
+    shown: Tensor
+    under: Tensor
+    zoom: float
+
+
+def _gains(views: Sequence[_View], art: Tensor) -> Tensor:
+    """How much each of K artworks (K,4,s,s) lowers the squared error in the best of the views: (K)."""
     found = []
-    for zoom in _ZOOMS:
-        shown, under = (_square(each, place, zoom) for each in (picture, behind))
-        change = art[:, :3] - art[:, 3:] * under
-        found.append(
-            (2 * (change * (shown - under)).sum((1, 2, 3)) - change.square().sum((1, 2, 3))) * zoom**2
-        )
+    for view in views:
+        # The error falls by 2 <d, t> - <t, t> with t = colour - opacity * under, written as products with fixed vectors.
+        rest = view.shown - view.under
+        weights = torch.cat([2 * rest, -2 * (rest * view.under).sum(0, keepdim=True)])
+        change = art[:, :3] - art[:, 3:] * view.under
+        gains = art.flatten(1) @ weights.flatten() - change.square().sum((1, 2, 3))
+        found.append(gains * view.zoom**2)
     return torch.stack(found).amax(0)
-
-
-def _change(behind: Tensor, place: Place, art: Tensor) -> float:
-    """The squared sum of what an artwork (1,4,s,s) changes there."""
-    under = _square(behind, place, 1.0)
-    return float((art[:, :3] - art[:, 3:] * under).square().sum())
 
 
 def _square(pixels: Tensor, place: Place, zoom: float) -> Tensor:
@@ -71,20 +87,23 @@ def _square(pixels: Tensor, place: Place, zoom: float) -> Tensor:
     return nn.functional.grid_sample(smooth, grid, padding_mode="border", align_corners=False)[0]
 
 
-@lru_cache(maxsize=512)
-def _rivals(name: str, hue: str | None, style: str) -> tuple[Kind, ...]:
-    own = named(name)
-    others = [concept for concept in concepts(tier_of(own)) if concept != own]
-    rivals = [Kind(concept) for concept in others]
-    if hue is not None:
-        rivals += [Kind(concept, hue) for concept in others if takes_hue(concept.emoji, style)]
-    if takes_hue(own.emoji, style):
-        rivals += [Kind(own, each) for each in HUES if each != hue]
-    return tuple(rivals) if hue is None else (Kind(own), *rivals)
+@cache
+def _tier(tier: str, style: str, hue: str | None, device: torch.device) -> tuple[tuple[Kind, ...], Tensor]:
+    """All concepts of a tier that can have the hue, and their artwork (K,4,s,s)."""
+    every = concepts(tier)
+    kinds = tuple(Kind(each, hue) for each in every if hue is None or takes_hue(each.emoji, style))
+    return kinds, _stacked(kinds, style, device)
 
 
-@lru_cache(maxsize=64)
-def _prepared(kinds: tuple[Kind, ...], style: str, device: torch.device) -> Tensor:
+@lru_cache(maxsize=256)
+def _in_hues(concept: Concept, style: str, device: torch.device) -> tuple[tuple[Kind, ...], Tensor]:
+    """The concept in its own colours and in all hues, if it takes any, and its artwork."""
+    hues = (None, *HUES) if takes_hue(concept.emoji, style) else (None,)
+    kinds = tuple(Kind(concept, hue) for hue in hues)
+    return kinds, _stacked(kinds, style, device)
+
+
+def _stacked(kinds: Sequence[Kind], style: str, device: torch.device) -> Tensor:
     return torch.stack([canonical(kind, style) for kind in kinds]).to(device)
 
 
