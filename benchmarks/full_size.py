@@ -86,7 +86,7 @@ def make_folder(folder: Path) -> None:
     from sana_sprint.models.autoencoder import AutoencoderConfig, AutoencoderDC
     from sana_sprint.models.transformer import SanaTransformer2DModel, TransformerConfig
     from sana_sprint.scheduler import SCMScheduler
-    from sana_sprint.train.student_stage import sprint_index
+    from sana_sprint.train.stages.student import sprint_index
     from sana_sprint.weights import save_model, write_model_index
 
     tokenizer = word_tokenizer()

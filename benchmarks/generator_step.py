@@ -42,11 +42,11 @@ from torch import Tensor
 
 from sana_sprint.models.text_encoder import PromptEmbeddings
 from sana_sprint.models.transformer import SanaTransformer2DModel, TransformerConfig
-from sana_sprint.train.adversary import Adversary
 from sana_sprint.train.config import StudentRun
-from sana_sprint.train.student import Student, with_guidance
-from sana_sprint.train.student_stage import Batch, StudentStage
-from sana_sprint.train.tangent import make_tangent
+from sana_sprint.train.losses.adversarial import Adversary
+from sana_sprint.train.losses.tangent import make_tangent
+from sana_sprint.train.models.student import Student, with_guidance
+from sana_sprint.train.stages.student import Batch, StudentStage
 from sana_sprint.trigflow import add_noise, flow_denoiser, lognormal_times
 
 SIDES = ("ours", "script", "corrected")

@@ -1,6 +1,6 @@
 """Measures the cost of dF/dt in forward passes: `python benchmarks/tangent.py`.
 
-Times a plain forward pass (no gradient) and the three kinds of `train/tangent.py` in turn, over and
+Times a plain forward pass (no gradient) and the three kinds of `train/losses/tangent.py` in turn, over and
 over, on random weights of two shapes: the embedded model's, and some blocks of the published 0.6B model's. Beside the
 times stands each tangent's error: its relative distance from the tangent of the same weights in fp64, in the norm.
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sana_sprint.models.transformer import CaptionContext, SanaTransformer2DModel, TransformerConfig
-from sana_sprint.train.tangent import WAYS, TangentKind
+from sana_sprint.train.losses.tangent import WAYS, TangentKind
 from sana_sprint.trigflow import flow_denoiser, lognormal_times
 
 QK_NORM = {"qk_norm": "rms_norm_across_heads", "guidance_embeds": True}

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sana_sprint.train.flow import guided
-from sana_sprint.train.losses import consistency_target, scaled_tangent, scm_loss
+from sana_sprint.train.losses.flow import guided
+from sana_sprint.train.losses.scm import consistency_target, scaled_tangent, scm_loss
 from sana_sprint.trigflow import Velocity, add_noise, flow_denoiser, lognormal_times
 
 TIME_SCALE = 1000.0  # SD3's transformer takes 1000 s; FLUX's takes s and multiplies inside

@@ -161,7 +161,7 @@ def run_values(run: Run, teacher: Path, arguments: argparse.Namespace) -> Values
 
 def _encode_all(arguments: argparse.Namespace) -> None:
     """Fills the latent cache shared by all runs; parallel runs on an empty cache would each encode everything."""
-    from sana_sprint.train.parts import PART_SIZE
+    from sana_sprint.train.cache.files import PART_SIZE
 
     data = tomllib.loads(RECIPE.read_text(encoding="utf-8"))["data"]
     count = data["num_samples"]
@@ -178,9 +178,9 @@ def _encode(samples: range, *, source: str, autoencoder: Path, output: Path) -> 
     import torch
 
     from sana_sprint.models.autoencoder import AutoencoderDC
+    from sana_sprint.train.cache.latents import cached_latents
     from sana_sprint.train.data.source import FunctionSource
     from sana_sprint.train.distributed import device
-    from sana_sprint.train.latents import cached_latents
     from sana_sprint.weights import load_model
 
     part = FunctionSource(source)

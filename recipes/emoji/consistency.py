@@ -19,9 +19,9 @@ from recipes.emoji.evaluate import Teacher
 from recipes.emoji.scenes import render, sample_scene
 from sana_sprint.models.text_encoder import PromptEncoder, load_text_encoder, load_tokenizer
 from sana_sprint.models.transformer import SanaTransformer2DModel
-from sana_sprint.train.conditioning import embed, velocity_of
+from sana_sprint.train.cache.trajectories import trace
 from sana_sprint.train.data.pictures import to_tensor
-from sana_sprint.train.trajectories import trace
+from sana_sprint.train.stages.captions import embed, velocity_of
 from sana_sprint.trigflow import T_MAX, Velocity, add_noise, flow_denoiser, to_clean
 from sana_sprint.weights import load_model, resolve_folder
 

@@ -26,10 +26,10 @@ from sana_sprint.images import to_pil
 from sana_sprint.models.autoencoder import AutoencoderDC
 from sana_sprint.models.text_encoder import PromptEncoder, load_text_encoder, load_tokenizer
 from sana_sprint.models.transformer import SanaTransformer2DModel
-from sana_sprint.train.conditioning import embed, unconditional, velocity_of
 from sana_sprint.train.config import StudentRun, load_config
 from sana_sprint.train.distributed import device
-from sana_sprint.train.flow import guided, sample_flow
+from sana_sprint.train.losses.flow import guided, sample_flow
+from sana_sprint.train.stages.captions import embed, unconditional, velocity_of
 from sana_sprint.trigflow import Velocity
 from sana_sprint.weights import load_model
 

@@ -28,7 +28,7 @@ from sana_sprint.evaluate.features import dcae_features, features_of
 from sana_sprint.evaluate.frechet import distance, fit
 from sana_sprint.images import grid, to_pil
 from sana_sprint.models.autoencoder import AutoencoderDC
-from sana_sprint.train.flow import sample_flow
+from sana_sprint.train.losses.flow import sample_flow
 
 RECIPE = Path(__file__).with_name("student-128.toml")
 _BATCH = 50

@@ -12,6 +12,7 @@ from sana_sprint.conditions import canny, dilate, soft_edges
 from recipes.emoji.sketches import drawing
 from recipes.emoji3d.artwork import sprite
 from recipes.emoji3d.scenes import Scene, sample_scene
+from sana_sprint.controls import canny, dilate, soft_edges
 
 KINDS_OF_LINES = ("drawing", "drawing", "drawing", "canny", "softedge")
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from recipes.toy import world
 from sana_sprint.sampling import at_any_step, consistency
-from sana_sprint.train.losses import consistency_target, scaled_tangent, scm_loss
+from sana_sprint.train.losses.scm import consistency_target, scaled_tangent, scm_loss
 from sana_sprint.trigflow import T_MAX, add_noise, lognormal_times, to_clean
 
 WIDTH = 128

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from sana_sprint.train import checkpoint, config, distributed, loop
-from sana_sprint.train.data.order import shuffled
-from sana_sprint.train.stage import Metrics, Part
+from sana_sprint.train.data.sampler import shuffled
+from sana_sprint.train.stages.base import Metrics, Part
 from tests.helpers.training import parse, silent
 
 

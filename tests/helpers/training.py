@@ -15,12 +15,12 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from sana_sprint.train import config, loop
-from sana_sprint.train.adaptation_stage import AdaptationStage
-from sana_sprint.train.autoencoder_stage import AutoencoderStage
-from sana_sprint.train.control_stage import ControlStudentStage, ControlTeacherStage
-from sana_sprint.train.stage import Stage
-from sana_sprint.train.student_stage import StudentStage
-from sana_sprint.train.teacher_stage import TeacherStage
+from sana_sprint.train.stages.adaptation import AdaptationStage
+from sana_sprint.train.stages.autoencoder import AutoencoderStage
+from sana_sprint.train.stages.base import Stage
+from sana_sprint.train.stages.control import ControlStudentStage, ControlTeacherStage
+from sana_sprint.train.stages.student import StudentStage
+from sana_sprint.train.stages.teacher import TeacherStage
 
 COLORS = {"red": (220, 30, 30), "green": (20, 200, 60), "blue": (30, 60, 220)}
 

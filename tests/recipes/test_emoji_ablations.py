@@ -13,7 +13,7 @@ from recipes.emoji.ablation_runs import Run, folder_of, kept, run_all, to_toml, 
 from recipes.emoji.scenes import render
 from sana_sprint.models.transformer import TransformerConfig
 from sana_sprint.train.config import StudentRun, TeacherRun, load_config
-from sana_sprint.train.text import save_text
+from sana_sprint.train.models.text_encoder import save_text
 from sana_sprint.weights import save_model
 from tests.helpers.autoencoders import tiny_autoencoder
 from tests.helpers.models import tiny_transformer

@@ -13,7 +13,7 @@ from recipes.emoji.consistency import ANGLES, distances
 from recipes.emoji.export import EMBEDDED
 from recipes.emoji.restore_teacher import without_guidance
 from sana_sprint.models.transformer import SanaTransformer2DModel
-from sana_sprint.train.student import with_guidance
+from sana_sprint.train.models.student import with_guidance
 from sana_sprint.weights import load_model, save_model
 
 

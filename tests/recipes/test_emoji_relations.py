@@ -14,8 +14,8 @@ from recipes.emoji import relations
 from recipes.emoji.relations import KINDS, NOTHING, accuracy, answer
 from recipes.emoji.scenes import Placed, Scene, sample_scene
 from sana_sprint.models.text_encoder import PromptEncoder, load_text_encoder
-from sana_sprint.train.teacher_stage import TeacherStage
-from sana_sprint.train.text import make_text_encoder, train_tokenizer
+from sana_sprint.train.models.text_encoder import make_text_encoder, train_tokenizer
+from sana_sprint.train.stages.teacher import TeacherStage
 from tests.helpers.training import chain, parse, silent, teacher_run
 
 CAT, DOG = KINDS.index("cat"), KINDS.index("dog")

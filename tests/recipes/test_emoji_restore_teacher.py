@@ -8,7 +8,7 @@ import torch
 from recipes.emoji.export import EMBEDDED
 from recipes.emoji.restore_teacher import without_guidance
 from sana_sprint.models.transformer import SanaTransformer2DModel
-from sana_sprint.train.student import with_guidance
+from sana_sprint.train.models.student import with_guidance
 from sana_sprint.weights import load_model
 
 

@@ -8,7 +8,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 from examples import distil_any_flow_model as example
-from sana_sprint.train.losses import scaled_tangent
+from sana_sprint.train.losses.scm import scaled_tangent
 from sana_sprint.trigflow import Velocity, flow_denoiser
 
 B, CHANNELS, SIZE, WIDTH = 2, 4, 16, 16

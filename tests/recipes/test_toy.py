@@ -7,7 +7,7 @@ import torch
 
 from recipes.toy import world
 from recipes.toy.distil import distil, measure, sliced_wasserstein
-from sana_sprint.train.losses import consistency_target
+from sana_sprint.train.losses.scm import consistency_target
 
 
 def test_data_have_unit_variance() -> None:

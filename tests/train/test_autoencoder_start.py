@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sana_sprint.models.autoencoder import AutoencoderDC
-from sana_sprint.train.autoencoder_stage import AutoencoderStage
+from sana_sprint.train.stages.autoencoder import AutoencoderStage
 from sana_sprint.weights import load_model
 from tests.helpers.training import autoencoder_run, make, parse, train
 from tests.helpers.training import chain as made_chain

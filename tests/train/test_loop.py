@@ -15,7 +15,7 @@ from torch import Tensor
 from sana_sprint.train import distributed, learner, loop
 from sana_sprint.train.checkpoint import checkpoints
 from sana_sprint.train.learner import own_parts
-from sana_sprint.train.stage import Metrics, Part
+from sana_sprint.train.stages.base import Metrics, Part
 from tests.helpers.toy_stage import Toy, assert_same, in_processes, saved, toy_run, train_toy
 from tests.helpers.training import parse, silent
 
@@ -145,7 +145,7 @@ def test_validation_and_export_see_the_average(tmp_path: Path) -> None:
 
 
 def test_the_average_follows_with_a_decay_that_warms_up() -> None:
-    from sana_sprint.train.state import EMA
+    from sana_sprint.train.ema import EMA
 
     weight = torch.nn.Parameter(torch.zeros(1))
     ema = EMA({"weight": weight}, 0.9)

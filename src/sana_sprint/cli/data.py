@@ -91,7 +91,7 @@ def prune(
         hint="--keep is a stage file that `sana-sprint train` takes",
     )
     sys.path.insert(0, os.getcwd())  # as `sana-sprint train` has it: a function is in a module of the user's
-    from sana_sprint.train.caches import FOLDERS, unused_files
+    from sana_sprint.train.cache.unused import FOLDERS, unused_files
 
     if not any((folder / name).is_dir() for name in FOLDERS):
         raise CommandError(f"{folder} holds no caches", hint="give the folder in which the runs' outputs lie")

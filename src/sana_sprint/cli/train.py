@@ -16,7 +16,7 @@ from sana_sprint.cli.common import CommandError, checked
 
 if TYPE_CHECKING:
     from sana_sprint.train.config import AnyRun
-    from sana_sprint.train.stage import Report, Stage
+    from sana_sprint.train.stages.base import Report, Stage
 
 
 def train(
@@ -115,26 +115,26 @@ def _make_stage(config: AnyRun, report: Report) -> Stage:
 
     try:
         if isinstance(config, AutoencoderRun):
-            from sana_sprint.train.autoencoder_stage import AutoencoderStage
+            from sana_sprint.train.stages.autoencoder import AutoencoderStage
 
             return AutoencoderStage(config, report=report)
         if isinstance(config, TeacherRun):
-            from sana_sprint.train.teacher_stage import TeacherStage
+            from sana_sprint.train.stages.teacher import TeacherStage
 
             return TeacherStage(config, report=report)
         if isinstance(config, AdaptationRun):
-            from sana_sprint.train.adaptation_stage import AdaptationStage
+            from sana_sprint.train.stages.adaptation import AdaptationStage
 
             return AdaptationStage(config, report=report)
         if isinstance(config, ControlTeacherRun):
-            from sana_sprint.train.control_stage import ControlTeacherStage
+            from sana_sprint.train.stages.control import ControlTeacherStage
 
             return ControlTeacherStage(config, report=report)
         if isinstance(config, ControlStudentRun):
-            from sana_sprint.train.control_stage import ControlStudentStage
+            from sana_sprint.train.stages.control import ControlStudentStage
 
             return ControlStudentStage(config, report=report)
-        from sana_sprint.train.student_stage import StudentStage
+        from sana_sprint.train.stages.student import StudentStage
 
         return StudentStage(config, report=report)
     except ValueError as error:

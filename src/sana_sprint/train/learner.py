@@ -11,9 +11,9 @@ from torch import nn
 
 from sana_sprint.train import distributed
 from sana_sprint.train.config import AnyRun, OptimizerConfig
-from sana_sprint.train.optim import clip, make_optimizers, rate, set_rate
-from sana_sprint.train.stage import Metrics, Part, Stage
-from sana_sprint.train.state import EMA, load_optimizer_states, optimizer_states
+from sana_sprint.train.ema import EMA, load_optimizer_states, optimizer_states
+from sana_sprint.train.optim.optimizers import clip, make_optimizers, rate, set_rate
+from sana_sprint.train.stages.base import Metrics, Part, Stage
 
 Result = TypeVar("Result")
 MAX_BAD_STEPS = 20  # non-finite steps in a row after which the run stops

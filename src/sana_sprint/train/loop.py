@@ -15,9 +15,9 @@ from functools import partial
 from sana_sprint.train import distributed
 from sana_sprint.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from sana_sprint.train.config import AnyRun
-from sana_sprint.train.journal import Journal
 from sana_sprint.train.learner import Learner
-from sana_sprint.train.stage import Report, Stage
+from sana_sprint.train.logging import Journal
+from sana_sprint.train.stages.base import Report, Stage
 
 
 def run(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sana_sprint.train.stage import Metrics
+from sana_sprint.train.stages.base import Metrics
 
 NUM_LEVELS = 4
 

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from sana_sprint.train.data import fit, pictures
-from sana_sprint.train.data.ahead import NUM_THREADS, read_ahead
 from sana_sprint.train.data.pictures import decode
-from sana_sprint.train.data.records import Record
+from sana_sprint.train.data.prefetch import NUM_THREADS, read_ahead
+from sana_sprint.train.data.readers.base import Record
 from tests.helpers.data import encoded
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)

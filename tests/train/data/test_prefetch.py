@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from sana_sprint.train.autoencoder_stage import AutoencoderStage
-from sana_sprint.train.data.ahead import Ahead
+from sana_sprint.train.data.prefetch import Ahead
 from sana_sprint.train.data.source import RecordSource
-from sana_sprint.train.stage import Part
+from sana_sprint.train.stages.autoencoder import AutoencoderStage
+from sana_sprint.train.stages.base import Part
 from tests.helpers.data import png, write_folder
 from tests.helpers.toy_stage import assert_same
 from tests.helpers.training import autoencoder_run, make, parse, train

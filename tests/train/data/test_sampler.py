@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sana_sprint.train.data.order import BucketOrder, shuffled
+from sana_sprint.train.data.sampler import BucketOrder, shuffled
 
 
 def test_shuffling_visits_every_sample_once_an_epoch() -> None:

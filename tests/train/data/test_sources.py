@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from sana_sprint.train.data import VALIDATION_START, Unreadable, open_source
-from sana_sprint.train.data.ahead import read_ahead
+from sana_sprint.train.data.prefetch import read_ahead
 from sana_sprint.train.data.source import RecordSource
 from tests.helpers.data import CAPTIONS, WRITERS, Writer, encoded, pixels, png, write_folder, write_jsonl
 

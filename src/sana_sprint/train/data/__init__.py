@@ -1,7 +1,7 @@
 """Where training pictures come from: one stream of samples, whatever holds them."""
 
 from sana_sprint.train.data.pictures import channels_last, fit, pictures
-from sana_sprint.train.data.records import Sample, Unreadable
+from sana_sprint.train.data.readers.base import Sample, Unreadable
 from sana_sprint.train.data.source import VALIDATION_START, Source, open_source
 
 __all__ = [

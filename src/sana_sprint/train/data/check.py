@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from sana_sprint.resolutions import nearest_bucket
-from sana_sprint.train.data.ahead import read_ahead
-from sana_sprint.train.data.records import Unreadable
+from sana_sprint.train.data.prefetch import read_ahead
+from sana_sprint.train.data.readers.base import Unreadable
 from sana_sprint.train.data.source import RecordSource, Source, open_source
 
 

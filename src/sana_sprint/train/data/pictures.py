@@ -13,7 +13,7 @@ from torch import Tensor
 from sana_sprint.images import to_rgb
 from sana_sprint.models.autoencoder import AutoencoderDC
 from sana_sprint.resolutions import nearest_bucket
-from sana_sprint.train.data.records import Record, Sample, Unreadable
+from sana_sprint.train.data.readers.base import Record, Sample, Unreadable
 
 
 def decode(record: Record) -> np.ndarray:

@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from sana_sprint.train.data.folder import FolderRecords
-from sana_sprint.train.data.order import shuffled
-from sana_sprint.train.data.parquet import ParquetRecords
 from sana_sprint.train.data.pictures import decode
-from sana_sprint.train.data.records import Records, Sample, Unreadable
-from sana_sprint.train.data.table import TableRecords
-from sana_sprint.train.data.tar import TarRecords
+from sana_sprint.train.data.readers.base import Records, Sample, Unreadable
+from sana_sprint.train.data.readers.folder import FolderRecords
+from sana_sprint.train.data.readers.parquet import ParquetRecords
+from sana_sprint.train.data.readers.table import TableRecords
+from sana_sprint.train.data.readers.tar import TarRecords
+from sana_sprint.train.data.sampler import shuffled
 
 VALIDATION_START = 1_000_000_000  # sample indices from here on are for validation
 MAX_BAD_FRACTION = 0.02  # of a set's samples; more than this is a fault of the set, not of a few files

@@ -1,0 +1,1 @@
+"""Results computed once and kept on disk."""

@@ -1,0 +1,1 @@
+"""Models that exist in training only."""
