@@ -7,7 +7,6 @@ import random
 import numpy as np
 import torch
 from PIL import Image
-from sana_sprint.conditions import canny, dilate, soft_edges
 
 from recipes.emoji.sketches import drawing
 from recipes.emoji3d.artwork import sprite

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
-from sana_sprint.train.teacher_stage import initialise
-from sana_sprint.train.text import make_text_encoder, save_text
 from torch import Tensor
 
 from recipes.emoji3d.concepts import Concept, Noun, concepts
 from sana_sprint.models.transformer import SanaTransformer2DModel, TransformerConfig
+from sana_sprint.train.models.text_encoder import make_text_encoder, save_text
+from sana_sprint.train.stages.teacher import initialise
 from sana_sprint.weights import save_model
 
 if TYPE_CHECKING:
