@@ -20,11 +20,12 @@ from sana_sprint.quantize import PRESETS, parse_request
 from sana_sprint.quantize.formats import decode, encode
 from sana_sprint.quantize.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear, QuantizedPhases
 from sana_sprint.quantize.matmul import int8_rows
-from sana_sprint.quantize.models import _has_vnni, quantize_model
+from sana_sprint.quantize.models import quantize_model
+from sana_sprint.torch_private import has_vnni
 from tests.helpers.autoencoders import tiny_autoencoder
 from tests.helpers.cli import assert_refused, call, succeed
 
-needs_vnni = pytest.mark.skipif(not _has_vnni(), reason="int8 on a CPU needs VNNI instructions")
+needs_vnni = pytest.mark.skipif(not has_vnni(), reason="int8 on a CPU needs VNNI instructions")
 ON_CPU = ["int8-weights", "nf4", "int4-weights", pytest.param("int8", marks=needs_vnni)]
 # Relative error (root mean square) of a weight of normal numbers: a step of the largest of 256 (or 64) over 127 (or 7)
 # parts, uniformly rounded; nf4's is measured on the published levels; fp8 has 3 bits of fraction.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sana_sprint.models.frugal import is_frugal
 from sana_sprint.models.layers import wide_dtype
+from sana_sprint.torch_private import has_bf16_products
 
 LEAST_CHANNELS = 128  # with fewer the passes cost what the products save
 LEAST_PIXELS = 4096  # of fewer, the 16 products are too small
@@ -44,7 +45,7 @@ def pays(conv: nn.Module, x: Tensor) -> bool:
 @cache
 def _multiplies_bf16() -> bool:
     """Whether matrix products in bf16 are faster than in fp32 here; where they are not, they are hardly done at all."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return has_bf16_products()
 
 
 def transformed_kernels(weight: Tensor) -> Tensor:

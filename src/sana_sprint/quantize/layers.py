@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sana_sprint import torch_private
 from sana_sprint.quantize.formats import PRESETS, decode, encode, storage
-from sana_sprint.quantize.matmul import fp8_rows, int8_convolution, int8_rows, pack, pack_convolution
+from sana_sprint.quantize.matmul import fp8_rows, int8_convolution, int8_rows
 
 
 class QuantizedLayer(nn.Module):
@@ -60,7 +61,7 @@ class QuantizedLayer(nn.Module):
             out = fp8_rows(flat, self.codes, scale)
             out = out if self.bias is None else out + self.bias
         else:
-            packed = self.packed(pack) if x.device.type == "cpu" else None
+            packed = self.packed(torch_private.pack_linear) if x.device.type == "cpu" else None
             out = int8_rows(flat, self.codes, packed, scale, self.bias)
         return out.view(*x.shape[:-1], -1)
 
@@ -100,7 +101,9 @@ class QuantizedConv2d(QuantizedLayer):
         if self.preset != "int8":
             return F.conv2d(x, self.weight, self.bias, self.stride, tuple(padding))
         scale = self.scale.flatten()
-        packed = self.packed(lambda codes: pack_convolution(codes.view(self.shape), scale, self.stride))
+        packed = self.packed(
+            lambda codes: torch_private.pack_convolution(codes.view(self.shape), scale, self.stride)
+        )
         return int8_convolution(x, packed, scale, self.bias, self.stride, padding)
 
 

@@ -18,6 +18,7 @@ from sana_sprint.models.dc_blocks import UpBlock
 from sana_sprint.models.upsampling import phase_convolution
 from sana_sprint.quantize.formats import PRESETS
 from sana_sprint.quantize.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear, QuantizedPhases
+from sana_sprint.torch_private import has_vnni
 
 # Component -> the prefix of the layers that are quantised, and exceptions from it.
 PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -72,17 +73,12 @@ def _why_not(preset: str, component: str, device: torch.device) -> str | None:
             return "has no kernels: its convolutions exist in int8 only"
         return None if capability >= FP8_CAPABILITY else "needs an NVIDIA GPU of capability 8.9 or later"
     if device.type == "cpu":
-        return None if _has_vnni() else "needs a CPU with VNNI instructions"
+        return None if has_vnni() else "needs a CPU with VNNI instructions"
     if component == "vae":
         return "needs the CPU: its convolutions have no other kernels"
     return (
         None if capability >= INT8_CAPABILITY else "needs a CPU or an NVIDIA GPU of capability 7.5 or later"
     )
-
-
-def _has_vnni() -> bool:
-    has_onednn: bool = torch._C._has_mkldnn
-    return has_onednn and torch.cpu._is_vnni_supported()
 
 
 # ----- replacing ------------------------------------------------------------------------------------------------------
