@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import socket
 import struct
 import threading
 import zlib
@@ -19,6 +20,7 @@ from PIL import Image
 
 from sana_sprint.images import read_settings
 from sana_sprint.serve.engine import Engine, Pipelines
+from sana_sprint.serve.service import JOB_BYTES
 from sana_sprint.serve.settings import Settings, check_bind
 from tests.helpers.serve import WAIT_S, assert_close, emoji, running_engine, running_server, watched_network
 
@@ -123,6 +125,9 @@ def test_the_openai_client_edits_with_a_sketch() -> None:
         assert_close(picture_of((answer.data or [])[0].b64_json or ""), emoji()("a cat", 1, seed=5).images[0])
         again = client.images.edit(prompt="a cat", image=[sketch()], extra_body=extra)  # sent as image[]
         assert (again.data or [])[0].b64_json == (answer.data or [])[0].b64_json
+        for number in ({"n": 10**12, "seed": 1}, {"steps": 10**12}):
+            with pytest.raises(openai.BadRequestError, match=f"{next(iter(number))} may be at most"):
+                client.images.edit(prompt="a cat", image=b"not a picture", extra_body=number)
         with pytest.raises(openai.BadRequestError, match="mask"):
             client.images.edit(prompt="a cat", image=sketch(), mask=sketch())
 
@@ -176,6 +181,15 @@ def test_bad_values_are_refused_by_name(
     assert error["type"] == "invalid_request_error"
 
 
+def test_names_that_cannot_be_written_are_refused_too(http: httpx2.Client) -> None:
+    as_json = {"content-type": "application/json"}
+    for body in (rb'{"prompt": "a cat", "\ud800": 1}', rb'{"prompt": "\ud800"}'):
+        answer = http.post("/v1/images/generations", content=body, headers=as_json)
+        error_of(answer, 422, "invalid_value")
+    long = http.post("/v1/images/generations", json={"prompt": "a cat", "x" * 10_000: 1})
+    assert len(long.content) < 500
+
+
 def test_harmless_fields_of_openai_are_accepted(http: httpx2.Client) -> None:
     harmless = {"user": "me", "quality": "high", "style": "vivid", "moderation": "low", "background": "auto"}
     body = {"prompt": "a cat", "model": "emoji", "seed": -1, "steps": 1, "stream": False, **harmless}
@@ -196,12 +210,55 @@ def test_errors_of_the_protocol_are_error_objects(http: httpx2.Client) -> None:
             yield b" " * 1000
 
     error_of(http.post(path, content=unannounced(), headers=as_json), 413, "too_large")
-    assert len(http.get("/health").headers["x-request-id"]) == 16
+
+
+def test_every_answer_has_an_id_that_a_proxy_may_choose(http: httpx2.Client) -> None:
+    ids = [http.get("/health").headers["x-request-id"] for _ in range(2)]
+    assert [len(one) for one in ids] == [16, 16]
+    assert ids[0] != ids[1]
+    assert http.get("/health", headers={"x-request-id": "from-a.proxy_1"}).headers["x-request-id"] == (
+        "from-a.proxy_1"
+    )
+    for unsafe in ("a b", "x" * 65, "\x1b[31m"):  # ids go into logs
+        assert len(http.get("/health", headers={"x-request-id": unsafe}).headers["x-request-id"]) == 16
+    refused = http.get("/v1/models", headers={"origin": "http://example.com", "x-request-id": "7"})
+    assert (refused.status_code, refused.headers["x-request-id"]) == (403, "7")
+
+
+def test_answers_are_not_stored_or_taken_for_other_types(http: httpx2.Client) -> None:
+    for path in ("/health", "/v1/models", "/v1/nothing", "/"):
+        assert http.get(path).headers["x-content-type-options"] == "nosniff"
+    for path in ("/v1/models", "/v1/nothing", "/metrics"):
+        assert http.get(path).headers["cache-control"] == "no-store"
+
+
+def test_monitors_may_ask_for_the_headers_alone(http: httpx2.Client) -> None:
+    for path in ("/health", "/ready", "/", "/web/main.js"):
+        answer = http.head(path)
+        assert (answer.status_code, answer.content) == (200, b"")
+
+
+@pytest.mark.parametrize("field", [{"n": 10**12, "seed": 1}, {"steps": 10**12}, {"n": 10**4000}])
+def test_numbers_are_checked_before_anything_of_their_size_is_made(
+    http: httpx2.Client, field: dict[str, int]
+) -> None:
+    name = next(iter(field))
+    for path in ("/v1/images/generations", "/v1/jobs"):
+        error = error_of(http.post(path, json={"prompt": "a cat", **field}), 400, "over_limit")
+        assert error["param"] == name
+        assert len(error["message"]) < 200
+    # Before a picture is decoded too: this one would be refused.
+    body = {"prompt": "a cat", "image": base64.b64encode(b"not a picture").decode(), **field}
+    error_of(http.post("/v1/jobs", json=body), 400, "over_limit")
 
 
 def test_pages_of_other_origins_and_names_are_refused(http: httpx2.Client) -> None:
     error_of(http.get("/v1/models", headers={"origin": "http://example.com"}), 403, "wrong_origin")
     error_of(http.get("/v1/models", headers={"host": "example.com"}), 403, "wrong_host")
+    for malformed in ("[", "[::1", "", "localhost@example.com"):
+        error_of(http.get("/v1/models", headers={"host": malformed}), 403, "wrong_host")
+    for malformed in ("http://[", "null", ""):
+        error_of(http.get("/v1/models", headers={"origin": malformed}), 403, "wrong_origin")
     own = http.get("/v1/models", headers={"origin": str(http.base_url).rstrip("/")})
     assert own.status_code == 200
     assert "access-control-allow-origin" not in own.headers
@@ -243,6 +300,13 @@ def test_a_key_is_asked_for_and_a_public_address_needs_one() -> None:
         for headers in ({}, {"authorization": "Bearer another"}, {"authorization": KEY}):
             error = error_of(http.get("/v1/models", headers=headers), 401, "invalid_api_key")
             assert error["type"] == "authentication_error"
+        assert http.get("/v1/models").headers["www-authenticate"] == "Bearer"
+        with socket.create_connection((http.base_url.host, http.base_url.port), timeout=WAIT_S) as connection:
+            head = (
+                "POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n"
+            )
+            connection.sendall(head.encode())
+            assert connection.recv(100).startswith(b"HTTP/1.1 401")  # before its body has come
         error_of(http.get("/metrics"), 401, "invalid_api_key")
         assert http.get("/v1/models", headers={"authorization": f"Bearer {KEY}"}).status_code == 200
         assert [http.get(path).status_code for path in ("/health", "/ready")] == [200, 200]
@@ -357,7 +421,7 @@ def test_a_failed_job_says_why(http: httpx2.Client) -> None:
 def test_old_jobs_are_dropped() -> None:
     with (
         running_engine() as engine,
-        running_server(engine, Settings(max_kept_pictures=2)) as url,
+        running_server(engine, Settings(max_kept_bytes=2 * (128 * 128 * 3 + JOB_BYTES))) as url,
         httpx2.Client(base_url=url, timeout=WAIT_S) as http,
     ):
         paths = []

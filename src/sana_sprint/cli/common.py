@@ -19,13 +19,16 @@ INTERRUPTED = 130  # 128 + SIGINT, the shells' convention
 
 # What an optional library is installed with.
 EXTRAS = {
+    "asgi_correlation_id": "serve",
     "bitsandbytes": "train",
     "bs4": "caption",
+    "cachetools": "serve",
     "fastapi": "serve",
     "ftfy": "caption",
     "open_clip": "evaluate",
     "prometheus_client": "serve",
     "pyarrow": "train",
+    "pydantic_settings": "serve",
     "tensorboard": "train",
     "uvicorn": "serve",
 }

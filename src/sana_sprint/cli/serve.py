@@ -41,9 +41,21 @@ BatchWindow = Annotated[
 IdleUnload = Annotated[
     float | None, typer.Option("--idle-unload", min=1, help="Free the model after so many idle seconds.")
 ]
-MaxPixels = Annotated[int, typer.Option("--max-pixels", min=1, help="Width times height of a picture.")]
-MaxImages = Annotated[int, typer.Option("--max-n", min=1, help="Pictures per request.")]
-MaxSteps = Annotated[int, typer.Option("--max-steps", min=1, help="Network evaluations per picture.")]
+MaxPixels = Annotated[
+    int,
+    typer.Option(
+        "--max-pixels", min=1, envvar="SANA_SPRINT_SERVE_MAX_PIXELS", help="Width times height of a picture."
+    ),
+]
+MaxImages = Annotated[
+    int, typer.Option("--max-n", min=1, envvar="SANA_SPRINT_SERVE_MAX_N", help="Pictures per request.")
+]
+MaxSteps = Annotated[
+    int,
+    typer.Option(
+        "--max-steps", min=1, envvar="SANA_SPRINT_SERVE_MAX_STEPS", help="Network evaluations per picture."
+    ),
+]
 
 
 def serve(
@@ -75,11 +87,11 @@ def serve(
 
     from sana_sprint.serve.app import create_app
     from sana_sprint.serve.engine import Engine
-    from sana_sprint.serve.settings import Settings, check_bind
+    from sana_sprint.serve.settings import check_bind, make_settings
 
     checked(lambda: check_bind(host, api_key), hint="give --api-key, or leave --host out")
     settings = checked(
-        lambda: Settings(
+        lambda: make_settings(
             model=serving_name(model),
             api_key=api_key,
             max_pixels=max_pixels,
@@ -87,7 +99,7 @@ def serve(
             max_steps=max_steps,
             drain_s=SHUTDOWN_S,
         ),
-        hint="choose another key",
+        hint="see `sana-sprint serve --help`, and the variables SANA_SPRINT_SERVE_...",
     )
     wanted = ModelOptions(model, dtype, choose_device(device), vae_tiling, vae_slicing, fast=fast)
     engine = Engine(

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio.to_thread
+from asgi_correlation_id import CorrelationIdMiddleware
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
@@ -22,7 +23,7 @@ from sana_sprint.serve.metrics import CONTENT_TYPE
 from sana_sprint.serve.routes.images import images_routes
 from sana_sprint.serve.routes.jobs import jobs_routes
 from sana_sprint.serve.routes.realtime import add_realtime
-from sana_sprint.serve.security import Guard
+from sana_sprint.serve.security import Guard, new_request_id, request_id
 from sana_sprint.serve.service import Service
 from sana_sprint.serve.settings import Settings
 
@@ -44,6 +45,13 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     app = FastAPI(title="sana-sprint", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     service = Service(engine, settings)
     app.add_middleware(Guard, settings=settings, refused=service.metrics.refused)
+    app.add_middleware(
+        CorrelationIdMiddleware,
+        header_name="x-request-id",
+        generator=new_request_id,
+        validator=None,  # it would write a line to the log for each id that it refuses
+        transformer=request_id,
+    )
     add_error_handlers(app, service.metrics.refused)
     app.include_router(_state_routes(service))
     app.include_router(images_routes(service))
@@ -56,11 +64,13 @@ def _state_routes(service: Service) -> APIRouter:
     routes = APIRouter(tags=["state"])
 
     @routes.get("/health")
+    @routes.head("/health", include_in_schema=False)
     async def health() -> dict[str, str]:
-        """The process lives."""
+        """Answers as long as the process runs."""
         return {"status": "ok", "version": __version__}
 
     @routes.get("/ready")
+    @routes.head("/ready", include_in_schema=False)
     async def ready() -> JSONResponse:
         """200 if a request would be drawn, else 503."""
         state = service.engine.state

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError
 from typing import Any
 
+from asgi_correlation_id import correlation_id
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -21,6 +22,7 @@ from sana_sprint.pipelines.latents import is_out_of_memory
 from sana_sprint.precision import NonFiniteError
 from sana_sprint.serve.engine.job import Busy, Draining, ModelUnavailable
 
+SHOWN_PARAM = 100  # characters of a field's name, which the client chose, in an answer
 RETRY_LATER_S = 5  # when the server restarts or its model is away
 
 
@@ -36,10 +38,10 @@ class ApiError(Exception):
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
+        super().__init__(_encodable(message))
         self.status = status
         self.code = code
-        self.param = param
+        self.param = None if param is None else _encodable(param)
         self.headers = dict(headers or {})
 
     @property
@@ -53,6 +55,11 @@ class ApiError(Exception):
     def response(self) -> JSONResponse:
         """The answer."""
         return JSONResponse(self.content, self.status, headers=self.headers)
+
+
+def _encodable(text: str) -> str:
+    """Without lone surrogates, which JSON can carry into a request and UTF-8 cannot carry back."""
+    return text.encode(errors="replace").decode()
 
 
 def as_api_error(error: BaseException) -> ApiError:
@@ -89,7 +96,7 @@ def _invalid(error: RequestValidationError | ValidationError) -> ApiError:
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return ApiError(400, "the body is not JSON", code="invalid_json")
-    param = ".".join(str(part) for part in first["loc"] if part != "body") or None
+    param = ".".join(str(part) for part in first["loc"] if part != "body")[:SHOWN_PARAM] or None
     message = first["msg"].removeprefix("Value error, ")
     code = "unknown_parameter" if first["type"] == "extra_forbidden" else "invalid_value"
     if code == "unknown_parameter":
@@ -112,7 +119,11 @@ def add_error_handlers(app: FastAPI, refused: Callable[[str], None]) -> None:
         return found.response()
 
     async def answer_defect(request: Request, _: Exception) -> JSONResponse:
-        return await answer(request, _internal_error())
+        response = await answer(request, _internal_error())
+        response.headers["x-request-id"] = (
+            correlation_id.get() or ""
+        )  # it is sent from outside the middleware
+        return response
 
     for kind in (HTTPException, RequestValidationError, ApiError):
         app.add_exception_handler(kind, answer)

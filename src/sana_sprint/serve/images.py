@@ -77,7 +77,7 @@ def settings_of(job: Job, result: Result, index: int, model: str) -> dict[str, A
         "seed": result.seeds[index],
         "num_inference_steps": request.steps,
         **guidance,
-        **({} if request.image is None else followed),
+        **(followed if job.has_image else {}),
         "times": list(result.times),
         **vars(result.sizes),
         "model": model,

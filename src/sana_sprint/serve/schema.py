@@ -51,6 +51,15 @@ class Generation(BaseModel):
     partial_images: Literal[0] | None = None
     negative_prompt: Literal[""] | None = None
 
+    @field_validator("prompt")
+    @classmethod
+    def _is_text(cls, prompt: str) -> str:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise ValueError("must not have half a surrogate pair") from None
+        return prompt
+
     @field_validator("size")
     @classmethod
     def _size_form(cls, size: str | None) -> str | None:
@@ -58,8 +67,8 @@ class Generation(BaseModel):
             raise ValueError(f"must be WIDTHxHEIGHT in pixels, or auto; got: {size[:40]!r}")
         return size
 
-    def request(self, settings: Settings, **image: Any) -> ImageRequest:
-        """What the engine is asked for. Raises ApiError 400 or 404 for what this server does not do."""
+    def check(self, settings: Settings) -> None:
+        """Raise ApiError 400 or 404 for what this server does not do. To be called before anything of a field's size is made."""
         if self.model not in (None, settings.model):
             message = f"there is no model {self.model[:80]!r} here, only {settings.model!r}"
             raise ApiError(404, message, code="model_not_found", param="model")
@@ -69,19 +78,30 @@ class Generation(BaseModel):
             message = "output_compression is for jpeg and webp; a png is always exact"
             raise ApiError(400, message, code="invalid_value", param="output_compression")
         width, height = self._sides()
-        seed = None if self.seed == RANDOM_SEED else self.seed
-        request = ImageRequest(
+        for param, value, limit, unit in (
+            ("prompt", len(self.prompt), settings.max_prompt_chars, " characters"),
+            ("n", self.n or 1, settings.max_n, ""),
+            ("steps", self.steps or settings.default_steps, settings.max_steps, ""),
+            ("size", (width or 0) * (height or 0), settings.max_pixels, " pixels"),
+        ):
+            if value > limit:
+                message = f"{param} may be at most {limit}{unit}, got: {_shown(value)}"
+                raise ApiError(400, message, code="over_limit", param=param)
+
+    def request(self, settings: Settings, **image: Any) -> ImageRequest:
+        """The engine's request, after `check`."""
+        self.check(settings)
+        width, height = self._sides()
+        return ImageRequest(
             prompt=self.prompt,
             steps=self.steps or settings.default_steps,
             guidance_scale=self.guidance_scale,
-            seed=seed,
+            seed=None if self.seed == RANDOM_SEED else self.seed,
             n=self.n or 1,
             height=height,
             width=width,
             **image,
         )
-        _check_limits(request, settings)
-        return request
 
     def _sides(self) -> tuple[int | None, int | None]:
         """(width, height)"""
@@ -91,16 +111,9 @@ class Generation(BaseModel):
         return int(width), int(height)
 
 
-def _check_limits(request: ImageRequest, settings: Settings) -> None:
-    for param, value, limit, unit in (
-        ("prompt", len(request.prompt), settings.max_prompt_chars, " characters"),
-        ("n", request.n, settings.max_n, ""),
-        ("steps", request.steps, settings.max_steps, ""),
-        ("size", (request.width or 0) * (request.height or 0), settings.max_pixels, " pixels"),
-    ):
-        if value > limit:
-            message = f"{param} may be at most {limit}{unit}, got: {value}"
-            raise ApiError(400, message, code="over_limit", param=param)
+def _shown(number: int) -> str:
+    """A number in an error message; JSON may have thousands of digits."""
+    return str(number) if number < 10**20 else "a number of more than 20 digits"
 
 
 class Control(BaseModel):

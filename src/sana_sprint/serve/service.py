@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from cachetools import TTLCache
 from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -19,6 +21,8 @@ from sana_sprint.serve.images import encode, settings_of
 from sana_sprint.serve.metrics import Metrics
 from sana_sprint.serve.schema import Generation
 from sana_sprint.serve.settings import Settings
+
+JOB_BYTES = 2**14  # of an ended job beside its pictures, a prompt of the greatest length included
 
 
 class Service:
@@ -109,30 +113,46 @@ def _images_response(job: Job, result: Result, fields: Generation, model: str) -
 
 
 class JobStore:
-    """The jobs API's jobs with the fields they came with. Ended ones are dropped when they are old or too many."""
+    """The jobs of the jobs API, with the fields they came with. May be used from any thread.
+
+    Jobs that have not ended stay. Ended ones are kept for `keep_jobs_s` and as long as all of them fit into
+    `max_kept_bytes`; those not asked for the longest are dropped first.
+    """
 
     def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._jobs: dict[str, tuple[Job, Generation]] = {}
+        self._open: dict[str, tuple[Job, Generation]] = {}
+        self._ended: TTLCache[str, tuple[Job, Generation]] = TTLCache(
+            settings.max_kept_bytes, settings.keep_jobs_s, getsizeof=lambda kept: _kept_bytes(kept[0])
+        )
+        self._lock = threading.Lock()  # jobs end on the engine's thread
 
     def add(self, job: Job, fields: Generation) -> None:
         """Keep a job."""
-        self._jobs[job.id] = (job, fields)
-        self._sweep()
+        with self._lock:
+            self._open[job.id] = (job, fields)
+        job.subscribe(self._changed)  # before any client does, so none sees the end first
 
     def get(self, job_id: str) -> tuple[Job, Generation]:
         """A job and its fields; ApiError 404 if there is none of this name, or none any more."""
-        self._sweep()
-        if job_id not in self._jobs:
+        with self._lock:
+            self._ended.expire()
+            found = self._open.get(job_id) or self._ended.get(job_id)
+        if found is None:
             raise ApiError(404, f"there is no job {job_id[:40]!r}, or it is gone", code="job_not_found")
-        return self._jobs[job_id]
+        return found
 
-    def _sweep(self) -> None:
-        ended = [(job.ended, job) for job, _ in self._jobs.values() if job.ended is not None]
-        kept = sum(job.request.n for _, job in ended)
-        oldest = time.monotonic() - self._settings.keep_jobs_s
-        for at, job in sorted(ended, key=lambda pair: pair[0]):
-            if at >= oldest and kept <= self._settings.max_kept_pictures:
-                break
-            del self._jobs[job.id]
-            kept -= job.request.n
+    def _changed(self, job: Job) -> None:
+        if job.ended is None:
+            return
+        with self._lock:
+            if (kept := self._open.pop(job.id, None)) is not None:
+                with suppress(ValueError):  # it is larger than all that may be kept
+                    self._ended[job.id] = kept
+
+
+def _kept_bytes(job: Job) -> int:
+    """Memory of an ended job: its pictures as they are, and some for the rest."""
+    if job.status != "done":
+        return JOB_BYTES
+    pictures = job.future.result(timeout=0).images
+    return JOB_BYTES + sum(picture.width * picture.height * len(picture.getbands()) for picture in pictures)

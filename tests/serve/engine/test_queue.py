@@ -333,3 +333,23 @@ def test_a_controlnet_gets_each_request_with_its_own_image() -> None:
             assert len(result_of(job).images) == 1
     assert [(call["kind"], call["scale"]) for call in calls] == [("scribble", 0.5)]
     assert [np.asarray(image).max() for image in calls[0]["image"]] == [255, 0]
+
+
+def test_sketches_are_let_go_when_their_jobs_have_ended() -> None:
+    def control(*, image: Any, kind: str, controlnet_conditioning_scale: float, **arguments: Any) -> Any:
+        return emoji()(**arguments)
+
+    with watched_network() as network, running_engine(lambda: Pipelines(emoji(), control)) as engine:
+        network.hold()
+        running = engine.submit(ImageRequest("a cat", image=SKETCH))
+        network.wait_until_entered()
+        waiting, left = (engine.submit(ImageRequest("a cat", image=SKETCH)) for _ in range(2))
+        left.cancel()
+        assert left.request.image is None  # it will never be drawn
+        assert running.request.image is waiting.request.image is SKETCH
+        running.cancel()
+        network.go_on()
+        result_of(waiting)
+        engine.close()
+    assert [job.request.image for job in (running, waiting)] == [None, None]
+    assert [job.has_image for job in (running, waiting, left)] == [True, True, True]

@@ -163,7 +163,9 @@ def test_a_full_queue_says_when_to_come_back() -> None:
         ({"prompt": "  "}, b"", "empty_prompt"),
         ({"steps": 21}, b"", "over_limit"),
         ({"size": "9000x9000"}, b"", "over_limit"),
+        ({"steps": 10**12}, b"GIF89a", "over_limit"),
         ({"n": 2}, b"", "invalid_value"),
+        ({"n": 10**12, "seed": 1}, b"", "invalid_value"),
         ({"colour": "red"}, b"", "unknown_parameter"),
         ({}, b"GIF89a", "invalid_image"),
         ({}, png(5000, 5000), "too_large"),
@@ -204,10 +206,11 @@ def test_the_first_message_is_a_hello(hello: dict[str, Any]) -> None:
         assert close_code(socket) == BAD_MESSAGE
 
 
-@pytest.mark.parametrize("key", [None, "wrong", 5])
+@pytest.mark.parametrize("key", [None, "wrong", 5, "\ud800"])
 def test_nobody_comes_in_without_the_key(key: object) -> None:
     with socket_to(FakeEngine(), Settings(api_key="secret")) as socket:
-        socket.send(pack({**HELLO, "key": key}))
+        text = json.dumps({**HELLO, "key": key}).encode()
+        socket.send(len(text).to_bytes(4, "big") + text)
         assert close_code(socket) == BAD_KEY
 
 
@@ -229,3 +232,14 @@ def test_a_page_waits_while_the_model_is_loaded() -> None:
         assert ask(socket, HELLO)[0] == {"type": "loading"}
         engine.facts = facts
         assert unpack(socket.recv(timeout=WAIT_S))[0]["type"] == "welcome"
+
+
+@pytest.mark.parametrize("sequence", ["NaN", "-1", '"x"', "[1]", "9" * 4000, r'"\ud800"'])
+def test_what_is_no_sequence_number_is_not_sent_back(sequence: str) -> None:
+    with socket_to(FakeEngine()) as socket:
+        ask(socket, HELLO)
+        text = f'{{"type": "draw", "prompt": "a cat", "sequence": {sequence}, "\\ud800": 1}}'.encode()
+        socket.send(len(text).to_bytes(4, "big") + text)
+        header, _ = unpack(socket.recv(timeout=WAIT_S))
+        assert (header["type"], header["sequence"]) == ("error", None)
+        assert ask(socket, draw(4))[0]["type"] == "picture"

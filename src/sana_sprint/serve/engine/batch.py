@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from cachetools import LRUCache
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -88,11 +88,13 @@ def shape(request: ImageRequest, native: int | None) -> tuple[object, ...]:
 
 
 class PromptCache:
-    """The embeddings (L,D) of the last prompts used, and how many of each prompt's tokens were cut off."""
+    """The embeddings (L,D) of the last prompts used, and how many of each prompt's tokens were cut off.
+
+    For the engine's thread alone: cachetools' caches have no lock.
+    """
 
     def __init__(self, size: int) -> None:
-        self._size = size
-        self._known: OrderedDict[str, tuple[Tensor, int]] = OrderedDict()  # least recently used first
+        self._known: LRUCache[str, tuple[Tensor, int]] = LRUCache(size)
 
     def __call__(self, pipeline: SanaSprintPipeline, prompts: Sequence[str]) -> list[tuple[Tensor, int]]:
         """One entry per prompt; those not known yet are encoded together."""
@@ -104,11 +106,8 @@ class PromptCache:
             )
             for prompt, row, mask, lost in zip(new, text.embeds, text.mask, text.lost_tokens, strict=True):
                 found[prompt] = row[mask], lost
-        for prompt in wanted:
-            self._known[prompt] = found[prompt]
-            self._known.move_to_end(prompt)
-        while len(self._known) > self._size:
-            self._known.popitem(last=False)
+        if self._known.maxsize:  # a cache of size 0 refuses every entry
+            self._known.update((prompt, found[prompt]) for prompt in wanted)
         return [found[prompt] for prompt in prompts]
 
     def clear(self) -> None:

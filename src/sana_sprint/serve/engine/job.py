@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -140,6 +140,7 @@ class Result:
 class Job:
     """A request in the engine's hands. All methods may be called from any thread.
 
+    has_image: whether the request came with a picture to follow, which it holds until the job's last drawing has ended.
     future: gives the `Result`; or raises what went wrong, or CancelledError after `cancel`.
     seeds: one per picture, chosen already.
     position: how many jobs are ahead in the queue; 0 once it runs.
@@ -148,6 +149,7 @@ class Job:
     def __init__(self, request: ImageRequest) -> None:
         self.id = secrets.token_hex(12)
         self.request = request
+        self.has_image = request.image is not None
         self.seeds = tuple(image_seeds(request.seed, request.n))
         self.submitted = time.monotonic()
         self.future: Future[Result] = Future()
@@ -227,6 +229,11 @@ class Job:
             self.future.set_exception(outcome)
         else:
             self.future.set_result(outcome)
+
+    def release_image(self) -> None:
+        """Drop the request's picture: nothing will be drawn from it any more, and an ended job may be kept for long."""
+        if self.request.image is not None:
+            self.request = replace(self.request, image=None)
 
     def _end(self) -> None:
         self.ended = time.monotonic()

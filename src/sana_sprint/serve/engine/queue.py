@@ -161,6 +161,7 @@ class Engine:
                 return
             self._waiting.remove(job)
             self._changed.notify_all()
+        job.release_image()
         self._renumber()
 
     def _renumber(self) -> None:
@@ -211,6 +212,8 @@ class Engine:
             self._loaded()
         while (batch := self._next_batch()) is not None:
             self._draw(batch)
+            for job in batch:
+                job.release_image()
             self._running = []
         self._unload()
 

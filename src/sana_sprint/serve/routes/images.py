@@ -14,6 +14,7 @@ from sana_sprint.serve.errors import ApiError
 from sana_sprint.serve.images import decode_upload
 from sana_sprint.serve.schema import Edit, Generation
 from sana_sprint.serve.service import Service, check_fields, wait_for
+from sana_sprint.serve.settings import Settings
 
 IMAGE_FIELDS = ("image", "image[]")  # OpenAI's client sends the second for a list
 _EDIT_BODY = {
@@ -52,7 +53,7 @@ def images_routes(service: Service) -> APIRouter:
         facts = service.engine.facts
         if facts is not None and not facts.has_control:
             raise ApiError(400, NO_CONTROL, code="no_controlnet", param="image")
-        fields, image = await _read_form(request, service.settings.max_upload_pixels)
+        fields, image = await _read_form(request, service.settings)
         job = service.submit(fields.request(service.settings, **fields.with_image(image)))
         await wait_for(job, request)
         return await service.answer(job, fields)
@@ -93,7 +94,7 @@ def _model(service: Service) -> dict[str, Any]:
     }
 
 
-async def _read_form(request: Request, max_pixels: int) -> tuple[Edit, np.ndarray]:
+async def _read_form(request: Request, settings: Settings) -> tuple[Edit, np.ndarray]:
     """The fields and the one image of a multipart body."""
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise ApiError(400, "the body must be multipart/form-data", code="invalid_form")
@@ -106,5 +107,6 @@ async def _read_form(request: Request, max_pixels: int) -> tuple[Edit, np.ndarra
             raise ApiError(400, message, code="one_image", param="image")
         values = {key: value for key, value in form.items() if key not in IMAGE_FIELDS}
         fields = check_fields(Edit, values)
+        fields.check(settings)
         data = await files[0].read()
-    return fields, await run_in_threadpool(decode_upload, data, max_pixels)
+    return fields, await run_in_threadpool(decode_upload, data, settings.max_upload_pixels)

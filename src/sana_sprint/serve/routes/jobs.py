@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
 from typing import Any
 
-from fastapi import APIRouter
-from fastapi.responses import StreamingResponse
+from fastapi import APIRouter, Depends
+from fastapi.sse import EventSourceResponse, ServerSentEvent
 from starlette.concurrency import run_in_threadpool
 
 from sana_sprint.serve.engine import Job
@@ -16,8 +15,6 @@ from sana_sprint.serve.errors import ApiError, as_api_error
 from sana_sprint.serve.images import decode_text
 from sana_sprint.serve.schema import JobRequest
 from sana_sprint.serve.service import Service, call_in
-
-KEEP_ALIVE_S = 15.0  # proxies close streams that are silent for longer
 
 
 def jobs_routes(service: Service) -> APIRouter:
@@ -27,6 +24,7 @@ def jobs_routes(service: Service) -> APIRouter:
     @routes.post("", status_code=202)
     async def submit(fields: JobRequest) -> dict[str, Any]:
         """Put a job into the queue."""
+        fields.check(service.settings)
         image = None
         if fields.image is not None:
             image = await run_in_threadpool(decode_text, fields.image, service.settings.max_upload_pixels)
@@ -55,12 +53,16 @@ def jobs_routes(service: Service) -> APIRouter:
             raise ApiError(409, f"the job is {job.status}", code="not_done", headers={"Retry-After": "1"})
         return await service.answer(job, fields)
 
-    @routes.get("/{job_id}/events", response_class=StreamingResponse)
-    async def events(job_id: str) -> StreamingResponse:
+    def find(job_id: str) -> Job:
+        return service.jobs.get(job_id)[0]
+
+    found = Depends(find)  # so that a 404 is sent before the stream begins
+
+    @routes.get("/{job_id}/events", response_class=EventSourceResponse)
+    async def events(job: Job = found) -> AsyncIterator[ServerSentEvent]:
         """Server-sent events: what GET of the job gives, at once and on every change, until it ends."""
-        job, _ = service.jobs.get(job_id)
-        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        return StreamingResponse(_events(job), media_type="text/event-stream", headers=headers)
+        async for state in _states(job):
+            yield ServerSentEvent(event=state["status"], data=state)
 
     return routes
 
@@ -83,8 +85,8 @@ def describe(job: Job) -> dict[str, Any]:
     }
 
 
-async def _events(job: Job) -> AsyncIterator[str]:
-    """One event per change, named by the status. Changes that come faster than they are sent fold into one."""
+async def _states(job: Job) -> AsyncIterator[dict[str, Any]]:
+    """A job as JSON at once and after each change, until it ends. Changes that come faster than they are read are one."""
     loop, changed = asyncio.get_running_loop(), asyncio.Event()
 
     unsubscribe = job.subscribe(lambda _: call_in(loop, changed.set))
@@ -92,13 +94,9 @@ async def _events(job: Job) -> AsyncIterator[str]:
         while True:
             changed.clear()
             state = describe(job)
-            yield f"event: {state['status']}\ndata: {json.dumps(state)}\n\n"
+            yield state
             if state["status"] not in ("queued", "running"):
                 return
-            while not changed.is_set():
-                try:
-                    await asyncio.wait_for(changed.wait(), KEEP_ALIVE_S)
-                except TimeoutError:
-                    yield ": still here\n\n"
+            await changed.wait()
     finally:
         unsubscribe()

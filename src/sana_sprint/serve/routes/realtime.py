@@ -9,7 +9,6 @@ header (a JSON object in UTF-8), and the bytes of a picture or nothing. docs/ser
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -26,6 +25,7 @@ from sana_sprint.serve.errors import ApiError, as_api_error
 from sana_sprint.serve.images import decode_upload, encode, settings_of
 from sana_sprint.serve.routes.page import add_page
 from sana_sprint.serve.schema import Control, Generation
+from sana_sprint.serve.security import is_key
 from sana_sprint.serve.settings import Settings
 
 __all__ = ["PATH", "PROTOCOL", "add_realtime", "pack", "unpack"]
@@ -33,6 +33,7 @@ __all__ = ["PATH", "PROTOCOL", "add_realtime", "pack", "unpack"]
 PATH = "/realtime"
 PROTOCOL = 1
 LENGTH_BYTES = 4
+MAX_SEQUENCE = 2**53 - 1  # JavaScript's largest whole number
 HELLO_TIMEOUT_S = 10.0
 LOADING_POLL_S = 0.1
 SKETCH_KINDS = (
@@ -127,7 +128,7 @@ class _Draw(Generation, Control):
     model_config = ConfigDict(extra="forbid")
 
     type: Literal["draw"]
-    sequence: int = Field(ge=0)
+    sequence: int = Field(ge=0, le=MAX_SEQUENCE)
     n: Literal[1] | None = None
 
 
@@ -163,8 +164,7 @@ async def _greet(frames: _Frames, settings: Settings) -> None:
             BAD_MESSAGE, f"the first message must be a hello of protocol {PROTOCOL}; reload the page"
         )
     key = header.get("key")
-    given = key if isinstance(key, str) else ""
-    if settings.api_key is not None and not hmac.compare_digest(given.encode(), settings.api_key.encode()):
+    if not is_key(key if isinstance(key, str) else "", settings):
         raise _Close(BAD_KEY, "a valid API key is needed")
 
 
@@ -226,10 +226,11 @@ class _Page:
     async def _put(self, header: dict[str, Any], body: bytes) -> None:
         try:
             fields = _Draw.model_validate(header)
+            fields.check(self._settings)
             image = await self._decode(body)
             request = fields.request(self._settings, **fields.with_image(image))
         except Exception as error:
-            await self._frames.send(_error(header.get("sequence"), error))
+            await self._frames.send(_error(_sequence(header), error))
             return
         if self._waiting is not None:
             await self._drop(self._waiting.sequence)
@@ -284,7 +285,13 @@ def _picture(wanted: _Wanted, job: Job, result: Result, model: str) -> tuple[dic
     return header, encode(result.images[0], wanted.output_format, None, settings)
 
 
-def _error(sequence: object, error: Exception) -> dict[str, Any]:
+def _sequence(header: dict[str, Any]) -> int | None:
+    """The number of a drawing that is refused, if it is one: nothing else is sent back."""
+    number = header.get("sequence")
+    return number if type(number) is int and 0 <= number <= MAX_SEQUENCE else None
+
+
+def _error(sequence: int | None, error: Exception) -> dict[str, Any]:
     """The same error object as HTTP's, and when to come back, in seconds."""
     found: ApiError = as_api_error(error)
     after = found.headers.get("Retry-After")
