@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from sana_sprint.sampling import PRESETS, PUBLISHED_MAX, at_any_step, consistency, euler, heun, schedule
 from sana_sprint.stopping import Stopped
+from sana_sprint.trigflow import flow_denoiser
 
 SHAPE = (2, 3, 4, 5)
 
@@ -285,3 +286,20 @@ def test_a_denoiser_of_two_arguments_is_adapted():
     assert torch.equal(
         found, consistency(lambda u, t, step: u, normal(0), [1.0, 0.0], draw_noise=lambda: normal(1))
     )
+
+
+def test_euler_is_eulers_method_on_the_flow_model():
+    """The rotation of `euler` is x' = x + (s' - s) v in flow coordinates, x = u / (cos t + sin t)."""
+    data = normal(7).double()
+
+    def velocity(x, flow_t):
+        return torch.tanh(x + data) - flow_t.double()[:, None, None, None]
+
+    times = [1.5, 1.1, 0.5, 0.0]
+    noise = normal(0).double()
+    found = euler(at_any_step(flow_denoiser(velocity)), noise, times, draw_noise=no_noise)
+    x = noise / (math.cos(times[0]) + math.sin(times[0]))
+    for t, t_next in itertools.pairwise(times):
+        s, s_next = (math.sin(a) / (math.sin(a) + math.cos(a)) for a in (t, t_next))
+        x = x + (s_next - s) * velocity(x, torch.full((2,), s, dtype=torch.float64))
+    torch.testing.assert_close(found, x, atol=1e-6, rtol=0)  # angles are fp32

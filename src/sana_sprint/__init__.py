@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sana_sprint.pipelines.output import SanaSprintOutput
     from sana_sprint.pipelines.text_to_image import SanaSprintPipeline
     from sana_sprint.scheduler import SCMScheduler
+    from sana_sprint.stopping import Stopped
     from sana_sprint.weights import WeightsError
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ __all__ = [
     "SanaSprintOutput",
     "SanaSprintPipeline",
     "SanaTransformer2DModel",
+    "Stopped",
     "WeightsError",
     "__version__",
 ]
@@ -42,6 +44,7 @@ _HOME = {
     "SanaSprintOutput": "pipelines.output",
     "SanaSprintPipeline": "pipelines.text_to_image",
     "SanaTransformer2DModel": "models.transformer",
+    "Stopped": "stopping",
     "WeightsError": "weights",
 }
 

@@ -41,7 +41,7 @@ def check_seed(seed: object, count: int = 1) -> int:
     """Returns `seed` as an int if it and the `count` - 1 numbers after it are seeds. Takes the same time for any count.
 
     Raises:
-        ValueError: for what is no whole number, or outside 0 to 2**64 - 1.
+        ValueError: for anything but a whole number, and outside 0 to 2**64 - 1.
     """
     first = _whole(seed)
     for value in (first, first + count - 1):
@@ -68,7 +68,7 @@ def draw_noise(
     *,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Unit Gaussian noise (B,...) in fp32 on `device`, drawn where the generators live.
+    """Unit Gaussian noise (B,...) in fp32 on `device`, drawn on the generators' device.
 
     A sequence gives each image its own stream. One generator draws the whole batch, as the published pipeline does;
     the pictures then depend on the batch size. None is torch's global generator of the CPU.

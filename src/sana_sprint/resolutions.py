@@ -27,6 +27,11 @@ _EXTRA_TALL = ((26, 9), (28, 9), (29, 8), (30, 8), (31, 8))
 _LARGE_NATIVE = 2048  # models from here up have the extra buckets
 
 
+def native_size(sample_size: int, pixels_per_cell: int) -> int:
+    """Side in pixels of the square pictures that a transformer was trained on, from the sides of its latents in cells."""
+    return sample_size * pixels_per_cell
+
+
 @dataclass(frozen=True)
 class Size:
     """What was asked for (`height`, `width`) and what the model draws (`model_height`, `model_width`), in pixels."""

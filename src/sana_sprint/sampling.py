@@ -3,8 +3,9 @@
 Everything lives in unit space, u = x_t/sigma_d (see `trigflow`). Times are TrigFlow angles as plain floats: a strictly
 decreasing list that ends in 0.0 and has one entry more than there are steps.
 
-A sampler is a function of a denoiser, a start and times. It hands the denoiser the number of the step, so that what depends on
-the step (such as a ControlNet that is on in some of them) need not count calls: `heun` makes two in a step.
+A sampler is a function of a denoiser, a start and times. It hands the denoiser the number of the step, so that a
+condition that depends on the step (such as a ControlNet that is on in some of them) need not count calls: `heun` makes two in
+a step.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from torch import Tensor
 from sana_sprint.stopping import ShouldStop, stop_if
 from sana_sprint.trigflow import T_MAX, Denoiser, add_noise, expand_like, to_clean
 
-# SANA-Sprint table 7: the times found by search, one after the other, for both published sizes.
 MAX_STEPS = 10_000  # a list of times is made of any number up to it
+# SANA-Sprint table 7: the times found by search, one after the other, for both published sizes.
 T_FIRST = 1.5683  # arctan(200/sigma_d), for 2 and 4 steps
 PRESETS: dict[int, tuple[float, ...]] = {
     1: (T_MAX, 0.0),
@@ -57,7 +58,7 @@ def schedule(
         timesteps: all times instead: strictly decreasing, in [0, 1.5708]. A final 0 may be left out.
 
     Raises:
-        ValueError: naming the value and what is allowed.
+        ValueError: naming the value and the allowed ones.
     """
     if timesteps is not None:
         return _custom_times(timesteps)

@@ -21,7 +21,7 @@ from sana_sprint.trigflow import SIGMA_DATA, add_noise, to_clean
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
-    """Fields of the published scheduler_config.json. Only `sigma_data` changes what is computed."""
+    """Fields of the published scheduler_config.json. Only `sigma_data` changes results."""
 
     num_train_timesteps: int = 1000
     prediction_type: str = "trigflow"
@@ -62,7 +62,7 @@ class SCMScheduler:
     """The published scheduler's interface, for loops written by hand; the pipelines use `schedule` and `sample`.
 
     Samples and model outputs are in data space here, as published: sigma_data times unit space. Differences: any
-    number of steps works with the default arguments; `step` knows its place from `timestep` alone, so steps may be
+    number of steps works with the default arguments; `step` finds its place by `timestep` alone, so steps may be
     repeated or skipped; and no noise is drawn after the last step.
     """
 

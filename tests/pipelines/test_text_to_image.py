@@ -1,12 +1,15 @@
 """What a call of the pipeline does. Numbers against the published pipeline are in test_pipeline_parity.py."""
 
+import inspect
 import logging
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from sana_sprint import SanaSprintControlNetPipeline, SanaSprintPipeline
 from sana_sprint.models.transformer import SanaTransformer2DModel
 from sana_sprint.pipelines.output import SanaSprintOutput
 from sana_sprint.sampling import schedule
@@ -266,3 +269,28 @@ def test_output_can_be_taken_apart_as_published(pipe):
         output["latents"]
     (images,) = pipe(PROMPT, seed=0, return_dict=False)
     assert_same_pictures(images, output.images)
+
+
+# ----- signatures -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pipeline", [SanaSprintPipeline, SanaSprintControlNetPipeline])
+def test_every_argument_is_named_and_typed_and_the_published_ones_keep_their_order(pipeline):
+    parameters = dict(inspect.signature(pipeline.__call__).parameters)
+    del parameters["self"]
+    assert all(parameter.annotation is not inspect.Parameter.empty for parameter in parameters.values())
+    kinds = {parameter.kind for parameter in parameters.values()}
+    assert kinds == {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
+    published = list(inspect.signature(diffusers.SanaSprintPipeline.__call__).parameters)[1:]
+    by_position = [name for name, each in parameters.items() if each.kind != inspect.Parameter.KEYWORD_ONLY]
+    assert by_position == published
+
+
+def test_arguments_of_both_pipelines_have_the_same_defaults():
+    text, control = (
+        inspect.signature(pipeline.__call__).parameters
+        for pipeline in (SanaSprintPipeline, SanaSprintControlNetPipeline)
+    )
+    assert {name: control[name].default for name in text} == {
+        name: parameter.default for name, parameter in text.items()
+    }

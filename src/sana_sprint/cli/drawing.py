@@ -103,7 +103,7 @@ def _pass_on(on_progress: Callable[[int], None], count: int, *_: object) -> None
 
 
 def _pictures_per_call(pipeline: SanaSprintPipeline) -> int:
-    side: int = pipeline.native_size
+    side = pipeline.native_size
     return max(1, min(MAX_PICTURES_PER_CALL, PIXELS_PER_CALL // side**2))
 
 

@@ -200,13 +200,15 @@ def _extractor(
     if weights is not None:
         raise UsageError("--weights is for inception features", hint="add --features inception")
     from sana_sprint.models.autoencoder import AutoencoderDC
+    from sana_sprint.resolutions import native_size
     from sana_sprint.weights import load_model, resolve_folder
     from sana_sprint.weights.files import read_json
 
     folder = resolve_folder(model)
     autoencoder = load_model(AutoencoderDC, folder / "vae", device=device)
     ratio = autoencoder.spatial_compression_ratio
-    side = size or ratio * int(read_json(folder / "transformer" / "config.json")["sample_size"])
+    config = read_json(folder / "transformer" / "config.json")
+    side = size or native_size(int(config["sample_size"]), ratio)
     if side % ratio:
         raise UsageError(f"--size must be a multiple of {ratio}, got: {side}", hint="or leave it out")
     return dcae_features(autoencoder), side

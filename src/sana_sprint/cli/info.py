@@ -169,6 +169,7 @@ def _missing(folder: Path, files: list[Path], *, has_tensors: bool, class_name: 
 
 def _native_size(parts: dict[str, tuple[Path, str]]) -> int | None:
     """Side in pixels of the square picture the model was trained on, if the folder tells."""
+    from sana_sprint.resolutions import native_size
     from sana_sprint.weights.files import CONFIG_NAME, read_json
 
     paths = [parts[name][0] / CONFIG_NAME for name in ("transformer", "vae") if name in parts]
@@ -178,9 +179,8 @@ def _native_size(parts: dict[str, tuple[Path, str]]) -> int | None:
     stages = vae.get("encoder_block_out_channels")
     if not isinstance(stages, list) or not isinstance(transformer.get("sample_size"), int):
         return None
-    return int(transformer["sample_size"]) << (
-        len(stages) - 1
-    )  # every stage after the first halves the sides
+    # Every stage after the first halves the sides.
+    return native_size(int(transformer["sample_size"]), 2 ** (len(stages) - 1))
 
 
 def _lines(summary: dict[str, Any]) -> list[str]:

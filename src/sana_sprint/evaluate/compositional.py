@@ -81,7 +81,7 @@ def draw(
         batch: pictures per call of the pipeline; None chooses by their size.
         on_progress: called after each call with the number of its pictures.
     """
-    side: int = pipeline.native_size
+    side = pipeline.native_size
     batch = batch or max(1, min(MAX_PICTURES_PER_CALL, PIXELS_PER_CALL // side**2))
     asked = {"guidance_scale": guidance, "intermediate_timesteps": middle_time}
     settings: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}

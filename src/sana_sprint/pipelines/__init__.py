@@ -1,1 +1,1 @@
-"""Ready-made pipelines with the published arguments, over one shared core."""
+"""Ready-made pipelines with the published arguments, over one path from a call to pictures."""

@@ -1,16 +1,18 @@
-"""What all pipelines have in common: their components, where these live, and how they are read and written."""
+"""The base of all pipelines: components, their devices and dtypes, and their folders."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from sana_sprint.models.autoencoder import AutoencoderDC
 from sana_sprint.models.text_encoder import PromptEncoder
+from sana_sprint.models.transformer import SanaTransformer2DModel
 from sana_sprint.pipelines.acceleration import AccelerationMethods
 from sana_sprint.pipelines.inputs import check_count
 from sana_sprint.pipelines.loading import DeviceMap, DtypeRequest, load_components, save_components
@@ -20,8 +22,13 @@ from sana_sprint.pipelines.text import Prompts
 from sana_sprint.precision import check_dtype, parse_dtype
 from sana_sprint.prompts import DEFAULT_MAX_SEQUENCE_LENGTH
 from sana_sprint.quantize import parse_request
+from sana_sprint.resolutions import native_size
+from sana_sprint.scheduler import SCMScheduler
 from sana_sprint.weights import resolve_folder
 from sana_sprint.weights.paging import give_back
+
+if TYPE_CHECKING:
+    from transformers import Gemma2Model, PreTrainedTokenizerBase
 
 DEFAULT_COMPRESSION = 32  # pixels per latent cell when there is no autoencoder to ask, as published
 
@@ -29,7 +36,7 @@ DEFAULT_COMPRESSION = 32  # pixels per latent cell when there is no autoencoder 
 class BasePipeline(LoraMethods, AccelerationMethods):
     """Holds components and changes nothing about them in a call, so threads may share a pipeline and its components.
 
-    A component may be None: then what needs it raises a ValueError that names it.
+    A component may be None; a call or method that needs it then raises a ValueError naming it.
     """
 
     component_names: ClassVar[tuple[str, ...]] = (
@@ -41,14 +48,23 @@ class BasePipeline(LoraMethods, AccelerationMethods):
     )
     published_class_name: ClassVar[str]
 
-    tokenizer: Any
-    text_encoder: Any
-    vae: Any
-    transformer: Any
-    scheduler: Any
+    # Each may be None: `need` raises before a call would use it.
+    tokenizer: PreTrainedTokenizerBase
+    text_encoder: Gemma2Model
+    vae: AutoencoderDC
+    transformer: SanaTransformer2DModel
+    scheduler: SCMScheduler
 
-    def __init__(self, **components: Any) -> None:
-        for name, component in components.items():
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        text_encoder: Gemma2Model | None,
+        vae: AutoencoderDC | None,
+        transformer: SanaTransformer2DModel | None,
+        scheduler: SCMScheduler | None,
+    ) -> None:
+        given = (tokenizer, text_encoder, vae, transformer, scheduler)
+        for name, component in zip(BasePipeline.component_names, given, strict=True):
             setattr(self, name, component)
         self._progress_settings: dict[str, Any] = {}
         self._encoder: PromptEncoder | None = None
@@ -77,7 +93,7 @@ class BasePipeline(LoraMethods, AccelerationMethods):
         Args:
             name_or_path: "emoji" (comes with this package), a folder, or a Hugging Face id.
             torch_dtype: a dtype or its name for all components, or a mapping of component name (and "default") to
-                dtype. None keeps what is stored. The text encoder and the autoencoder do not run in float16.
+                dtype. None keeps the stored ones. The text encoder and the autoencoder do not run in float16.
             dtype: another name for `torch_dtype`.
             device_map: a device, a mapping of component name to device, "auto" or "balanced" (text encoder on the
                 last accelerator, the rest on the first). None is the CPU.
@@ -88,7 +104,7 @@ class BasePipeline(LoraMethods, AccelerationMethods):
                 `text_encoder=None`.
 
         Raises:
-            ValueError: naming what was not found, does not fit or is not allowed.
+            ValueError: naming the file, component or argument that is missing, does not fit or is not allowed.
         """
         if unknown := sorted(set(components) - set(cls.component_names)):
             raise ValueError(
@@ -124,7 +140,7 @@ class BasePipeline(LoraMethods, AccelerationMethods):
 
         Args:
             pipeline: any pipeline.
-            components: what it lacks, or to be used instead.
+            components: those that `pipeline` lacks, or replacements.
 
         Raises:
             ValueError: for a component that neither has, or that this class does not use.
@@ -186,7 +202,7 @@ class BasePipeline(LoraMethods, AccelerationMethods):
 
     @property
     def device(self) -> torch.device:
-        """Where the transformer is."""
+        """The transformer's device."""
         device: torch.device = self._main_module().device
         return device
 
@@ -199,12 +215,13 @@ class BasePipeline(LoraMethods, AccelerationMethods):
     @property
     def vae_scale_factor(self) -> int:
         """Pixels per latent cell, along each side."""
-        return DEFAULT_COMPRESSION if self.vae is None else int(self.vae.spatial_compression_ratio)
+        vae = self.components["vae"]
+        return DEFAULT_COMPRESSION if vae is None else int(vae.spatial_compression_ratio)
 
     @property
     def native_size(self) -> int:
         """Side in pixels of the pictures that the transformer was trained on, its default size."""
-        return int(self.transformer.config.sample_size) * self.vae_scale_factor
+        return native_size(self.transformer.config.sample_size, self.vae_scale_factor)
 
     def to(
         self,
@@ -240,7 +257,7 @@ class BasePipeline(LoraMethods, AccelerationMethods):
                 BitsAndBytesConfig, TorchAoConfig, PipelineQuantizationConfig. See `sana_sprint.quantize`.
 
         Raises:
-            ValueError: before anything is changed, for a bad request or what the component's device cannot run.
+            ValueError: before anything is changed, for a bad request, or a preset that the component's device cannot run.
         """
         quantize_components(self.components, request)
         return self
@@ -289,7 +306,7 @@ class BasePipeline(LoraMethods, AccelerationMethods):
     @property
     def prompt_encoder(self) -> PromptEncoder | None:
         """The tokenizer and text encoder at work; None if either is missing."""
-        if self.tokenizer is None or self.text_encoder is None:
+        if any(self.components[name] is None for name in ("tokenizer", "text_encoder")):
             return None
         encoder = self._encoder
         if (

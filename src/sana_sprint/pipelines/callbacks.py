@@ -1,4 +1,4 @@
-"""The caller's view into a running call: a callback after each step, which may change what comes next."""
+"""Callbacks after each step of a call, which may replace latents and embeddings."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class SanaSprintControlNetPipeline(SanaSprintPipeline):
 
     A call has the arguments of `SanaSprintPipeline`, and these, by name:
         image: the picture to follow, as a PIL picture or the path of a file: one for all, one per prompt, or one per image
-            (each prompt's images together). It fills the picture asked for; what stands over is cut off evenly.
+            (each prompt's images together). It is scaled to cover the requested size and cropped around its centre.
         kind: its conversion, see `controls.condition`: "scribble" for a drawing, "canny" or "softedge" for the edges
             of a picture, or with controlnet-aux "hed", "depth" and more. None: it is a condition already.
         thickness: of a scribble's lines, in pixels of the model; None keeps them as drawn.
@@ -51,6 +51,8 @@ class SanaSprintControlNetPipeline(SanaSprintPipeline):
     component_names = (*SanaSprintPipeline.component_names, "controlnet")
     published_class_name = "SanaSprintControlNetPipeline"
 
+    controlnet: SanaControlNetModel
+
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase | None,
@@ -60,8 +62,8 @@ class SanaSprintControlNetPipeline(SanaSprintPipeline):
         scheduler: SCMScheduler | None,
         controlnet: SanaControlNetModel | None,
     ) -> None:
-        self.controlnet: Any = controlnet
         super().__init__(tokenizer, text_encoder, vae, transformer, scheduler)
+        self.controlnet = controlnet  # type: ignore[assignment]  # may be None, as any component
 
     @torch.no_grad()
     def __call__(

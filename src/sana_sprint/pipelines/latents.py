@@ -76,7 +76,7 @@ def _decode_frugally(vae: AutoencoderDC, latent: Tensor, should_stop: ShouldStop
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on any device."""
+    """Tells out-of-memory errors, of any device, from others."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     message = str(error).lower()  # the CPU's and some other allocators raise plain RuntimeErrors

@@ -57,7 +57,7 @@ def load_components(
     Args:
         folder: with model_index.json and a subfolder per component. A controlnet's subfolder counts without being listed
             there: other pipelines do without it.
-        names: what the pipeline is made of.
+        names: the pipeline's components.
         given: components that are taken from here: the object, or the path of a folder of it or with it; None means
             the pipeline does without it.
         dtype: see `precision.component_dtypes`. None keeps the stored dtypes.
@@ -128,7 +128,7 @@ def _choose_variants(folder: Path, names: Iterable[str], variant: str | None) ->
 
 
 def plan_devices(device_map: DeviceMap | None, names: Iterable[str]) -> dict[str, torch.device]:
-    """Where each component goes.
+    """The device of each component.
 
     None is the CPU; a device holds all; a mapping gives each component (or "" for the others) its device. "auto" and
     "balanced" take the machine's accelerators: the text encoder goes to the last one and the rest to the first, which

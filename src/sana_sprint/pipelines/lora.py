@@ -9,12 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from sana_sprint.lora import Adapters, adapters_of, parse_adapter, read_adapter, settle
+from sana_sprint.models.transformer import SanaTransformer2DModel
 
 
 class LoraMethods:
     """Loads LoRAs into the transformer. None of these methods may run while the pipeline is drawing."""
 
-    transformer: Any
+    transformer: SanaTransformer2DModel | None
 
     def load_lora_weights(
         self,
@@ -76,9 +77,9 @@ class LoraMethods:
         if adapters is not None:
             if not adapters.fused:
                 adapters.remove()
-            settle(self.transformer)
+            settle(self._transformer())
 
-    def _transformer(self) -> Any:
+    def _transformer(self) -> SanaTransformer2DModel:
         if self.transformer is None:
             raise ValueError("this pipeline was made without transformer, which a LoRA needs")
         return self.transformer
@@ -92,13 +93,15 @@ class LoraMethods:
             raise ValueError("no LoRA is loaded: call load_lora_weights first")
         return adapters
 
-    def _transformer_at(self, attention_kwargs: Mapping[str, Any] | None) -> Any:
+    def _transformer_at(self, attention_kwargs: Mapping[str, Any] | None) -> SanaTransformer2DModel:
         """The transformer for one call, whose `attention_kwargs` may hold the LoRAs' "scale"."""
         if unknown := sorted(set(attention_kwargs or {}) - {"scale"}):
             raise ValueError(f"attention_kwargs may hold 'scale' only, got: {', '.join(unknown)}")
         if not attention_kwargs:
-            return self.transformer
+            return self._transformer()
         adapters = self._find_adapters()
         if adapters is None:
             raise ValueError("attention_kwargs['scale'] is the strength of a LoRA, and no LoRA is loaded")
-        return adapters.at(attention_kwargs["scale"])
+        scaled = adapters.at(attention_kwargs["scale"])
+        assert isinstance(scaled, SanaTransformer2DModel)
+        return scaled

@@ -1,4 +1,4 @@
-"""What a call gives back: the pictures, and everything needed to make them again."""
+"""The result of a call: the pictures, and everything needed to make them again."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class SanaSprintOutput:
     seeds: one per image, each of which makes that image again by itself; None if the caller gave generators.
     times: the TrigFlow angles, from the first to 0.
     guidance: guidance scale per image; None if the model has none.
-    height, width: of the pictures. model_height, model_width: what the model drew, before resizing and cropping.
+    height, width: of the pictures. model_height, model_width: before resizing and cropping.
     dtype: the transformer's, such as "bfloat16".
-    conditions: the pictures that were followed, as the model saw them, one PIL picture per image; empty if drawn from text
-        alone.
-    truncated, lost_tokens: per prompt, whether its end was cut off, and how many tokens that were.
+    conditions: the control pictures as the ControlNet received them, one PIL picture per image (of several ControlNets: all
+        of the first one, then those of the next); empty if drawn from text alone.
+    truncated, lost_tokens: per prompt, whether its end was cut off, and the number of tokens that were.
     """
 
     images: Pictures

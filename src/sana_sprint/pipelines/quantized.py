@@ -1,7 +1,7 @@
 """Quantised components of a pipeline: made in place, and read from and written to folders.
 
-The folder of a quantised component holds codes and scales in its usual weight files, and `quantization.json`, which says
-what they are: {"preset": "int8"}.
+The folder of a quantised component holds codes and scales in its usual weight files, and their preset in
+`quantization.json`: {"preset": "int8"}.
 """
 
 from __future__ import annotations

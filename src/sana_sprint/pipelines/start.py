@@ -6,7 +6,7 @@ part of the picture is known, a constraint on every step's clean estimate.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,10 @@ class Start:
     u: Tensor
     times: tuple[float, ...]
     constrain: Constrain | None = None
+
+
+# (unit noise (B,C,h,w), times of a whole call) -> start
+MakeStart = Callable[[Tensor, Sequence[float]], Start]
 
 
 def from_noise(noise: Tensor, times: Sequence[float]) -> Start:
@@ -52,26 +56,28 @@ def from_image(clean: Tensor, noise: Tensor, times: Sequence[float], strength: f
 def from_image_and_mask(
     clean: Tensor, mask: Tensor, noise: Tensor, times: Sequence[float], strength: float = 1.0
 ) -> Start:
-    """Starts from a picture's latent of which only a part is drawn.
+    """Starts from a picture's latent (B,C,h,w) of which only a part is drawn (Consistency Models, arXiv 2303.01469, alg. 4).
 
     Every step's clean estimate is replaced by the picture's where `mask` is 0. The sampler then noises both parts to the next
-    time with the step's own noise, so the known part is always distributed as the network expects it.
+    time with the step's own noise, so the known part is always distributed as the network expects it. What is drawn follows
+    the known part more closely the more steps there are (docs/math.md).
 
     Args:
-        mask: (B or 1,1,h,w) in [0,1]: 1 where the picture is drawn; values between blend.
+        mask: (B or 1,1,h,w) in [0,1], fp32: 1 where the picture is drawn; values between blend the estimates.
 
     Raises:
-        ValueError: for a strength outside [0, 1], or a mask of another size than the latent.
+        ValueError: for a strength outside [0, 1], or a mask of another shape.
     """
-    if mask.shape[2:] != clean.shape[2:] or mask.ndim != 4:
+    batch, _, height, width = clean.shape
+    if mask.shape not in ((1, 1, height, width), (batch, 1, height, width)):
         raise ValueError(
-            f"the mask must be (batch,1,{clean.shape[2]},{clean.shape[3]}) as the latent, got: {tuple(mask.shape)}"
+            f"the mask must be (1 or {batch},1,{height},{width}) as the latent, got: {tuple(mask.shape)}"
         )
 
     def constrain(estimate: Tensor, step: int) -> Tensor:
-        return torch.where(
-            mask == 0, clean, torch.where(mask == 1, estimate, torch.lerp(clean, estimate, mask))
-        )
+        # lerp at a weight of 0 or 1 rounds, so both are chosen.
+        blended = torch.where(mask == 1, estimate, torch.lerp(clean, estimate, mask))
+        return torch.where(mask == 0, clean, blended)
 
     start = from_image(clean, noise, times, strength)
     # The known part is known in the first step too, even where strength 1 starts from noise alone.

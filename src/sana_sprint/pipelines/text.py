@@ -66,7 +66,7 @@ class Prompts:
         """One row per prompt. A prompt that does not fit its window is cut, counted and logged as a warning.
 
         Raises:
-            ValueError: for what `PromptEncoder.encode` refuses, and if there is text but no encoder.
+            ValueError: as `PromptEncoder.encode` does, and if there is text but no encoder.
             NonFiniteError: if embeddings hold NaN or infinity.
         """
         if self.embeds is not None and self.mask is not None:
