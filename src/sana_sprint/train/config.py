@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
+from sana_sprint.sampling import PUBLISHED_GUIDANCE
+
 # Fields in which a run may differ from the checkpoint it continues from: its length, its reports, and how the work is
 # laid out on the machine.
 MAY_CHANGE = frozenset(
@@ -148,7 +150,7 @@ class _FlowRun(_Run):
     # Part of the steps whose prompts carry the complex human instruction, so that both ways of prompting work.
     instruction_rate: float = Field(default=0.5, ge=0, le=1)
     # Guidance of the sample grids.
-    guidance_scale: float = Field(default=4.5, ge=1)
+    guidance_scale: float = Field(default=PUBLISHED_GUIDANCE, ge=1)
 
 
 class TeacherRun(_FlowRun):

@@ -20,7 +20,7 @@ from sana_sprint.images import grid, to_pil
 from sana_sprint.models.autoencoder import AutoencoderDC
 from sana_sprint.models.text_encoder import PromptEmbeddings, PromptEncoder, load_text_encoder, load_tokenizer
 from sana_sprint.models.transformer import CaptionContext, SanaTransformer2DModel
-from sana_sprint.sampling import at_any_step, consistency, schedule
+from sana_sprint.sampling import PUBLISHED_GUIDANCE, at_any_step, consistency, schedule
 from sana_sprint.scheduler import SCMScheduler
 from sana_sprint.train import distributed
 from sana_sprint.train.cache.latents import latents_of_run
@@ -57,7 +57,6 @@ from sana_sprint.trigflow import (
 )
 from sana_sprint.weights import ModelIndex, load_model, resolve_folder, save_model, write_model_index
 
-VALIDATION_GUIDANCE = 4.5  # the pipeline's default
 NUM_VALIDATION_CAPTIONS = 8
 
 
@@ -197,7 +196,7 @@ class StudentStage:
             embeddings = embed(self.encoder, self.validation_captions, instruction=True)
             denoiser = self.denoiser(
                 self.context(self.transformer, embeddings.embeds, embeddings.mask, None),
-                torch.full((shape[0],), VALIDATION_GUIDANCE, device=self.device),
+                torch.full((shape[0],), PUBLISHED_GUIDANCE, device=self.device),
             )
             rows = []
             for num_steps in (1, 2, 4):
