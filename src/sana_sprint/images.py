@@ -13,8 +13,20 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
+from sana_sprint.resolutions import cover
+
 SETTINGS_KEY = "sana_sprint"  # PNG text chunk with the settings as JSON
 INFOTEXT_KEY = "parameters"  # PNG text chunk that other picture tools write and read
+
+
+def read_picture(path: str | os.PathLike[str]) -> Image.Image:
+    """A picture file, read whole. Raises ValueError, naming the file, if it cannot be read."""
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return picture
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot read the picture {os.fspath(path)}: {error}") from error
 
 
 # ----- tensors to pictures and back -----------------------------------------------------------------------------------
@@ -93,6 +105,14 @@ def resize_and_crop(
             images, size=resized, mode="bilinear", align_corners=False, antialias=True
         )
     return images[..., top : top + height, left : left + width]
+
+
+def resize_to_cover(images: Tensor, height: int, width: int) -> Tensor:
+    """(B,C,H,W) scaled alike in both directions until it covers (height, width), and its centre cut out; fp32."""
+    plan = cover(images.shape[-2], images.shape[-1], height, width)
+    return resize_and_crop(
+        images, resized=(plan.height, plan.width), corner=(plan.top, plan.left), size=(height, width)
+    )
 
 
 def grid(pictures: Sequence[Image.Image], *, columns: int, gap: int = 2) -> Image.Image:

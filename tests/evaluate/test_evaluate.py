@@ -244,7 +244,7 @@ def test_fid_command(model_folder, tmp_path) -> None:
         (("fid", "absent", "absent"), ["not a folder: absent"]),
         (("fid", ".", ".", "--features", "inception"), ["need --weights"]),
         (("fid", ".", ".", "--weights", "x.pt"), ["--weights is for inception"]),
-        (("compositional", "--steps", "0"), ["at least 1"]),
+        (("compositional", "--steps", "0"), ["from 1 to"]),
         (("compositional", "--judge", "no_such_judge"), ["no_such_judge cannot be imported"]),
         (("clip", "."), ["sana-sprint[evaluate]"]),
     ],

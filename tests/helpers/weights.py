@@ -33,7 +33,7 @@ class TinyConfig:
 
 
 class Tiny(nn.Module):
-    """One of each thing a model can hold: weights, a drawn table, buffers in the file and buffers computed here."""
+    """One of each thing a model can hold: weights, a drawn table, buffers."""
 
     config_class = TinyConfig
     published_class_name = "TinyPublished"
@@ -47,9 +47,6 @@ class Tiny(nn.Module):
         self.conv = nn.Conv2d(4, 3, 3)
         self.norm = nn.BatchNorm2d(4)  # has an integer buffer without dimensions
         self.table = nn.Parameter(torch.randn(2, config.width) / config.width**0.5)
-        seeded = torch.Generator().manual_seed(7)
-        self.register_buffer("angles", torch.arange(5) / 3.0, persistent=False)
-        self.register_buffer("fixed_noise", torch.randn(3, generator=seeded), persistent=False)
         self.made_on = {key: parameter.device.type for key, parameter in self.named_parameters()}
 
 

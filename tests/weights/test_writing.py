@@ -11,18 +11,7 @@ from safetensors import safe_open
 from torch import nn
 
 from sana_sprint.weights import WeightsError, load_model, save_model
-from tests.helpers.weights import INDEX, WHOLE, Tiny, TinyConfig, assert_same, tiny_model
-
-
-@pytest.fixture
-def model():
-    return tiny_model()
-
-
-@pytest.fixture
-def folder(model, tmp_path):
-    save_model(model, tmp_path / "model")
-    return tmp_path / "model"
+from tests.helpers.weights import INDEX, WHOLE, Tiny, TinyConfig, assert_same
 
 
 def test_config_and_header_are_diffusers_own(folder):

@@ -1,4 +1,4 @@
-"""Blurring, widening and thinning lines (H,W) fp32, and fitting pictures into a size."""
+"""Filters of lines and brightness (H,W) fp32: blur, dilation, erosion."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ import math
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-from sana_sprint.images import resize_and_crop
-from sana_sprint.resolutions import cover
 
 
 def blur(x: Tensor, sigma: float) -> Tensor:
@@ -42,11 +39,3 @@ def erode(lines: Tensor, size: int) -> Tensor:
 def padded(x: Tensor, margin: int) -> Tensor:
     """(H,W) with its border repeated `margin` pixels on all sides, (1,1,H+2*margin,W+2*margin)."""
     return F.pad(x[None, None], (margin,) * 4, mode="replicate")
-
-
-def fitted(images: Tensor, height: int, width: int) -> Tensor:
-    """(B,C,H,W) scaled alike in both directions until it covers the size; its centre, (B,C,height,width)."""
-    plan = cover(images.shape[-2], images.shape[-1], height, width)
-    return resize_and_crop(
-        images, resized=(plan.height, plan.width), corner=(plan.top, plan.left), size=(height, width)
-    )

@@ -17,10 +17,9 @@ from torch.nn import functional as F
 
 from sana_sprint.controls.annotators import annotate
 from sana_sprint.controls.edges import canny, soft_edges
-from sana_sprint.controls.filters import fitted
 from sana_sprint.controls.kinds import ANNOTATORS, MIN_CONTRAST, BlankPictureError, check_kind
 from sana_sprint.controls.scribble import redraw, scribble, to_scribble
-from sana_sprint.images import from_pil
+from sana_sprint.images import from_pil, read_picture, resize_to_cover
 from sana_sprint.resolutions import Size, cover
 
 Picture = Image.Image | str | os.PathLike[str]
@@ -87,9 +86,9 @@ def condition(
         lines = scribble(source, height, width, device=device)
         return _as_picture(lines if thickness is None else redraw(lines, thickness))
     if kind in ANNOTATORS:
-        found = fitted(from_pil(annotate(source, kind), device=device), height, width)
+        found = resize_to_cover(from_pil(annotate(source, kind), device=device), height, width)
         return _as_picture(to_scribble(_luma(found), 1)) if kind == "hed" else _not_blank(found)
-    seen = fitted(from_pil(source, device=device), height, width)
+    seen = resize_to_cover(from_pil(source, device=device), height, width)
     if kind is None:
         return _not_blank(seen)
     edges = {"canny": canny, "softedge": soft_edges}[kind]
@@ -99,22 +98,13 @@ def condition(
 def open_picture(picture: Picture) -> Image.Image:
     """The picture, read whole and the right way up. Raises ValueError if that fails or it is smaller than 8 pixels."""
     if isinstance(picture, str | os.PathLike):
-        picture = _read(picture)
+        picture = read_picture(picture)
     if not isinstance(picture, Image.Image):
         raise ValueError(f"image must be a PIL picture or the path of a file, got: {type(picture).__name__}")
     if min(picture.size) < MIN_SIDE:
         width, height = picture.size
         raise ValueError(f"the picture is {width}x{height} pixels; each side must have at least {MIN_SIDE}")
     return ImageOps.exif_transpose(picture)
-
-
-def _read(path: str | os.PathLike[str]) -> Image.Image:
-    try:
-        with Image.open(path) as opened:
-            opened.load()
-            return opened
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read the picture {os.fspath(path)}: {error}") from error
 
 
 def _luma(picture: Tensor) -> Tensor:

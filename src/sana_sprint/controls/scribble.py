@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from sana_sprint.controls.filters import blur, dilate, erode, fitted, padded
+from sana_sprint.controls.filters import blur, dilate, erode, padded
 from sana_sprint.controls.kinds import MIN_CONTRAST, BlankPictureError
-from sana_sprint.images import from_pil
+from sana_sprint.images import from_pil, resize_to_cover
 
 INK_SHARE = 0.25  # of the strongest ink's contrast: fainter marks are smudges
 
@@ -37,7 +37,7 @@ def scribble(picture: Image.Image, height: int, width: int, *, device: torch.dev
     # Widened first, so that no line becomes thinner than a pixel where the picture shrinks.
     shrinking = min(lines.shape[0] / height, lines.shape[1] / width)
     lines = dilate(lines, math.ceil(shrinking))
-    return (fitted(lines[None, None], height, width)[0, 0] > 0.5).float()
+    return (resize_to_cover(lines[None, None], height, width)[0, 0] > 0.5).float()
 
 
 def _ink(picture: Tensor) -> Tensor:

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from sana_sprint.evaluate.features import open_picture
-from sana_sprint.images import read_settings
+from sana_sprint.images import read_picture, read_settings
 
 BATCH = 32
 
@@ -25,7 +24,7 @@ def caption_of(picture: Path) -> str:
     sidecar = picture.with_suffix(".txt")
     if sidecar.is_file():
         return sidecar.read_text(encoding="utf-8").strip()
-    settings = read_settings(open_picture(picture)) or {}
+    settings = read_settings(read_picture(picture)) or {}
     if not settings.get("prompt"):
         raise ValueError(
             f"{picture} has no caption: neither a .txt file beside it nor a prompt in its settings"
@@ -61,7 +60,7 @@ def clip_scorer(model: str, weights: str, *, device: str = "cpu") -> Scorer:
         scores: list[float] = []
         for start in range(0, len(pictures), BATCH):
             part = slice(start, start + BATCH)
-            images = torch.stack([transform(open_picture(path).convert("RGB")) for path in pictures[part]])
+            images = torch.stack([transform(read_picture(path).convert("RGB")) for path in pictures[part]])
             seen = _unit(network.encode_image(images.to(device)))
             said = _unit(network.encode_text(tokenize(list(captions[part])).to(device)))
             scores += (100 * (seen * said).sum(1)).clamp(min=0).tolist()

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sana_sprint.images import from_pil
+from sana_sprint.images import from_pil, read_picture
 from sana_sprint.models.autoencoder import AutoencoderDC
 
 INCEPTION_SIZE = 299
@@ -110,14 +110,4 @@ def features_of(
 
 def _opened(pictures: Iterable[Path | Image.Image]) -> Iterable[Image.Image]:
     for picture in pictures:
-        yield picture if isinstance(picture, Image.Image) else open_picture(picture)
-
-
-def open_picture(path: Path) -> Image.Image:
-    """A picture from a file, wholly read. ValueError naming a file that cannot be."""
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            return picture
-    except OSError as error:
-        raise ValueError(f"cannot read the picture {path}: {error}") from error
+        yield picture if isinstance(picture, Image.Image) else read_picture(picture)

@@ -13,13 +13,15 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from sana_sprint.weights import download, first_few, is_hub_id, open_safetensors
 
 METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps the adapter's settings in a file's metadata
 PEFT_CONFIG = "adapter_config.json"
@@ -29,7 +31,6 @@ _KEY = re.compile(
     r"(?P<layer>.+?)\.(?:(?:(?P<down>lora_A|lora_down|lora\.down)|lora_B|lora_up|lora\.up)(?:\.default)?\.weight"
     r"|(?P<alpha>alpha))"
 )
-_SHOWN = 4  # names in a message before "..."
 
 
 # ----- one adapter ----------------------------------------------------------------------------------------------------
@@ -85,9 +86,9 @@ def parse_adapter(file: AdapterFile, model: nn.Module) -> Adapter:
                 tensor
             )
     if strange:
-        raise ValueError(f"keys that are no LoRA's (of the kinds read here): {_first_few(strange)}")
+        raise ValueError(f"keys that are no LoRA's (of the kinds read here): {first_few(strange)}")
     if unknown:
-        raise ValueError(f"the LoRA is for layers that this model lacks: {_first_few(unknown)}")
+        raise ValueError(f"the LoRA is for layers that this model lacks: {first_few(unknown)}")
     if not halves:
         raise ValueError("the LoRA is empty: nothing in it matches this model")
     return {name: _low_rank(name, parts, layers[name], file.settings) for name, parts in halves.items()}
@@ -150,10 +151,10 @@ def read_adapter(
     if isinstance(source, Mapping):
         return AdapterFile(source)
     path = Path(source).expanduser()
-    if not path.exists() and isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        path = _download(
+    if not path.exists() and isinstance(source, str) and is_hub_id(source):
+        path = download(
             source,
-            weight_name,
+            [weight_name or "*.safetensors", PEFT_CONFIG],
             revision=revision,
             cache_dir=cache_dir,
             token=token,
@@ -170,19 +171,6 @@ def read_adapter(
     return AdapterFile(tensors, settings)
 
 
-def _download(repo_id: str, weight_name: str | None, **how: Any) -> Path:
-    from huggingface_hub import snapshot_download  # lazy: files on this machine do not need it
-
-    try:
-        patterns = [weight_name or "*.safetensors", PEFT_CONFIG]
-        return Path(snapshot_download(repo_id, allow_patterns=patterns, **how))
-    except Exception as error:  # the Hub's client raises its HTTP library's, the system's and its own kinds
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"no such LoRA: {repo_id!r} is no file or folder here and could not be downloaded: {first_line}"
-        ) from error
-
-
 def _choose_file(path: Path, weight_name: str | None) -> Path:
     if path.is_file():
         return path
@@ -193,22 +181,13 @@ def _choose_file(path: Path, weight_name: str | None) -> Path:
     found = [name for name in wanted if (path / name).is_file()] or ([] if weight_name else names)
     if len(found) != 1:
         raise ValueError(
-            f"{path} holds {weight_name or 'one LoRA'} not: its safetensors files are {_first_few(names) or 'none'}; "
+            f"{path} holds {weight_name or 'one LoRA'} not: its safetensors files are {first_few(names) or 'none'}; "
             "choose one by weight_name"
         )
     return path / found[0]
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt", device="cpu") as reader:
-            tensors = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118  (not a mapping)
-            return tensors, reader.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
-
-
-def _first_few(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+    with open_safetensors(file) as reader:
+        tensors = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118  (not a mapping)
+        return tensors, reader.metadata() or {}

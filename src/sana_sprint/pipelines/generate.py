@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sana_sprint.backends.cpu.allocator import freed_memory_kept
+from sana_sprint.images import resize_to_cover
 from sana_sprint.models.text_encoder import PromptEmbeddings
 from sana_sprint.noise import draw_noise
 from sana_sprint.pipelines.base import BasePipeline
@@ -23,7 +24,7 @@ from sana_sprint.pipelines.inputs import (
     choose_generators,
     guidance_per_image,
 )
-from sana_sprint.pipelines.latents import decode, fit
+from sana_sprint.pipelines.latents import decode
 from sana_sprint.pipelines.output import Pictures, SanaSprintOutput, check_output_type, convert
 from sana_sprint.pipelines.start import MakeStart, Start, from_noise
 from sana_sprint.pipelines.text import Prompts
@@ -81,7 +82,9 @@ class SprintPipeline(BasePipeline):
             u0 = self._denoise(conditioning, start, generators, call)
             self._give_back("transformer", "controlnet")
             pixels = None if call.output_type == "latent" else decode(self.vae, u0, call.should_stop)
-        images = u0 if pixels is None else convert(fit(pixels, size), call.output_type)
+        images: Pictures | Tensor = u0
+        if pixels is not None:
+            images = convert(resize_to_cover(pixels, size.height, size.width), call.output_type)
         self._give_back("vae")
         output = SanaSprintOutput.of(
             images,

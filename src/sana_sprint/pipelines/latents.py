@@ -8,10 +8,8 @@ import logging
 import torch
 from torch import Tensor
 
-from sana_sprint.images import resize_and_crop
 from sana_sprint.models.autoencoder import AutoencoderDC
 from sana_sprint.precision import check_finite
-from sana_sprint.resolutions import Size, cover
 from sana_sprint.stopping import ShouldStop
 
 logger = logging.getLogger(__name__)
@@ -85,16 +83,4 @@ def is_out_of_memory(error: BaseException) -> bool:
         or "not enough memory" in message
         or "can't allocate memory" in message
         or "cannot allocate memory" in message
-    )
-
-
-def fit(images: Tensor, size: Size) -> Tensor:
-    """Pictures of the model's size -> pictures of the size that was asked for."""
-    height, width = images.shape[-2:]
-    plan = cover(height, width, size.height, size.width)
-    return resize_and_crop(
-        images,
-        resized=(plan.height, plan.width),
-        corner=(plan.top, plan.left),
-        size=(size.height, size.width),
     )

@@ -11,10 +11,10 @@ The layout is the one the published models and diffusers use, in both directions
 A model can also be one file, with its config in the file's metadata (`save_single_file`). Pickles (`.bin`, `.pth`) are never opened.
 """
 
-from sana_sprint.weights.files import CONFIG_NAME, WeightsError, available_variants
-from sana_sprint.weights.hub import resolve_folder
+from sana_sprint.weights.files import CONFIG_NAME, WeightsError, available_variants, first_few
+from sana_sprint.weights.hub import download, is_hub_id, resolve_folder
 from sana_sprint.weights.index import ModelIndex, read_model_index, write_model_index
-from sana_sprint.weights.reading import ModelClass, load_model, load_single_file
+from sana_sprint.weights.reading import ModelClass, load_model, load_single_file, open_safetensors
 from sana_sprint.weights.writing import save_model, save_single_file
 
 __all__ = [
@@ -23,8 +23,12 @@ __all__ = [
     "ModelIndex",
     "WeightsError",
     "available_variants",
+    "download",
+    "first_few",
+    "is_hub_id",
     "load_model",
     "load_single_file",
+    "open_safetensors",
     "read_model_index",
     "resolve_folder",
     "save_model",

@@ -53,7 +53,7 @@ def resolve_folder(
         return _embedded_folder(name) if is_embedded else folder
     if folder.is_file():
         raise WeightsError(f"a model is a folder with config.json and safetensors, this is a file: {name}")
-    if not is_name or not _HUB_ID.fullmatch(name):
+    if not is_name or not is_hub_id(name):
         raise WeightsError(
             f"no such model: {name!r}. Allowed: {', '.join(map(repr, EMBEDDED_MODELS))} (comes with this package), "
             "a folder that exists, or a Hugging Face id 'owner/name'"
@@ -62,7 +62,7 @@ def resolve_folder(
         name,
         variant,
         revision=revision,
-        cache_dir=None if cache_dir is None else os.fspath(cache_dir),
+        cache_dir=cache_dir,
         token=token,
         local_files_only=local_files_only,
     )
@@ -80,14 +80,12 @@ def _download(
     variant: str | None,
     *,
     revision: str | None,
-    cache_dir: str | None,
+    cache_dir: str | os.PathLike[str] | None,
     token: str | bool | None,
     local_files_only: bool,
 ) -> Path:
-    from huggingface_hub import snapshot_download  # lazy: offline use never needs it
-
     fetch = partial(
-        snapshot_download,
+        download,
         repo_id,
         revision=revision,
         cache_dir=cache_dir,
@@ -95,16 +93,46 @@ def _download(
         local_files_only=local_files_only,
     )
     patterns = [*_SMALL_FILES, *_weight_patterns(variant)]
+    folder = fetch(patterns)
+    if variant is not None and (plain := _parts_without(variant, folder, repo_id)):
+        # One call for everything: a branch that moved in between must not give two halves in two folders.
+        folder = fetch([*patterns, *_weight_patterns(None, plain)])
+    return folder
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form `owner/name` of the Hub."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
+def download(
+    repo_id: str,
+    patterns: Sequence[str],
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The folder of a Hub repository's files that match one of `patterns`, downloaded if they are not in the cache.
+
+    Raises `WeightsError` with the reason (offline, not found, gated) and the remedy.
+    """
+    from huggingface_hub import snapshot_download  # lazy: offline use never needs it
+
     try:
-        folder = Path(fetch(allow_patterns=patterns))
-        if variant is not None and (plain := _parts_without(variant, folder, repo_id)):
-            # One call for everything: a branch that moved in between must not give two halves in two folders.
-            folder = Path(fetch(allow_patterns=[*patterns, *_weight_patterns(None, plain)]))
-    except WeightsError:
-        raise
+        return Path(
+            snapshot_download(
+                repo_id,
+                allow_patterns=list(patterns),
+                revision=revision,
+                cache_dir=None if cache_dir is None else os.fspath(cache_dir),
+                token=token,
+                local_files_only=local_files_only,
+            )
+        )
     except Exception as error:  # the Hub's client raises its HTTP library's, the system's and its own kinds
         raise WeightsError(_hub_failure(repo_id, revision, error)) from error
-    return folder
 
 
 def _weight_patterns(variant: str | None, folders: Sequence[str] = ("", "*/")) -> list[str]:

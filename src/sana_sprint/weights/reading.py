@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -10,7 +10,6 @@ from typing import Any, Protocol, TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from sana_sprint.weights.files import (
     CONFIG_KEY,
@@ -62,7 +61,7 @@ def load_model(
     Floating-point tensors are cast to `dtype` one by one (None keeps the file's types). Where neither type nor device
     changes, parameters are copy-on-write views of the memory-mapped file: loading reads nothing yet, and changing a
     parameter does not change the file, but another program must not overwrite the file in place while the model lives
-    (`save_model` never does). Buffers that are not in files stay as the constructor made them, on `device`.
+    (`save_model` never does). All buffers must be in the files.
 
     Raises `WeightsError` naming the folder and file: config.json absent, for another class or with unknown fields;
     variant absent (those that exist are listed); only pickles; a file truncated or not safetensors; a missing shard;
@@ -85,7 +84,7 @@ def load_single_file(
 ) -> ModelT_co:
     """The model in one file of `save_single_file`, which holds its config too; otherwise as `load_model`."""
     path = Path(path)
-    with _open(path) as reader:
+    with open_safetensors(path) as reader:
         metadata = reader.metadata() or {}
     if CONFIG_KEY not in metadata:
         raise WeightsError(f"{path} holds no config: it was not written by save_single_file")
@@ -109,7 +108,7 @@ def _assembled(
     device = _usable_device(device)
     config = _checked_config(cls, fields, config_path)
     try:
-        with _WeightsOnMeta():
+        with torch.device("meta"):  # no memory, time or random numbers for values that files replace
             model = cls(config)
     except ValueError as error:
         raise WeightsError(
@@ -117,35 +116,13 @@ def _assembled(
         ) from error
 
     with ExitStack() as stack:
-        readers = _Readers((path, stack.enter_context(_open(path))) for path in files)
+        readers = _Readers((path, stack.enter_context(open_safetensors(path))) for path in files)
         readers.check_fits(model, listing)
         state = {key: _placed(reader.get_tensor(key), dtype, device) for key, reader in readers.items()}
     model.load_state_dict(state, strict=True, assign=True)
-    stuck = [key for key, tensor in model.named_buffers() if tensor.is_meta]
-    assert not stuck, f"buffers that no file holds must not come from empty or random tensors: {stuck}"
+    unset = [key for key, tensor in model.named_buffers() if tensor.is_meta]
+    assert not unset, f"a model's buffers must be in its files, these are not: {unset}"
     return model.to(device).eval()
-
-
-class _WeightsOnMeta(TorchFunctionMode):
-    """While active, tensors of unset or unseeded random values are made on the meta device, all others as usual.
-
-    Such values are what weights start from and a file replaces: here they cost no memory, time or random numbers.
-    Computed values (angles, masks, indices) are real, so buffers that no file holds are right from the start.
-    """
-
-    UNSET = frozenset({torch.empty, torch.rand, torch.randn})
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func in self.UNSET and kwargs.get("device") is None and kwargs.get("generator") is None:
-            kwargs["device"] = "meta"
-        return func(*args, **kwargs)
 
 
 class _Readers(dict[str, Any]):
@@ -250,7 +227,8 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def _open(path: Path) -> Any:
+def open_safetensors(path: Path) -> Any:
+    """A reader of a safetensors file, a context manager. Raises `WeightsError` saying why it cannot be read."""
     try:
         return safe_open(path, framework="pt", device="cpu")
     except SafetensorError as error:

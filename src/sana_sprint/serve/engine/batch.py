@@ -20,9 +20,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from sana_sprint.images import to_pil
+from sana_sprint.images import resize_to_cover, to_pil
 from sana_sprint.pipelines.controlnet import SanaSprintControlNetPipeline
-from sana_sprint.pipelines.latents import decode, fit
+from sana_sprint.pipelines.latents import decode
 from sana_sprint.pipelines.output import SanaSprintOutput
 from sana_sprint.pipelines.text import Prompts
 from sana_sprint.pipelines.text_to_image import SanaSprintPipeline
@@ -259,7 +259,7 @@ class _Batch:
                 except Stopped:  # others of the batch go on
                     logger.debug("nobody waits for %d pictures: not decoded", len(drawn))
                     continue
-                images = to_pil(fit(pixels, size))
+                images = to_pil(resize_to_cover(pixels, size.height, size.width))
                 self.pictures |= {
                     (row.job, row.index): image for row, image in zip(drawn, images, strict=True)
                 }
