@@ -76,7 +76,7 @@ def environment(checkout: Path, threads: int, work: Path) -> dict[str, str]:
         raise SystemExit(f"{checkout} is no checkout: it has no src/sana_sprint")
     return {
         **os.environ,
-        "PYTHONPATH": f"{checkout / 'src'}{os.pathsep}{BENCHMARKS}",
+        "PYTHONPATH": os.pathsep.join(map(str, (checkout / "src", BENCHMARKS, checkout))),
         "PYTHONHASHSEED": "0",
         "CHECKOUT": str(checkout),
         "OMP_NUM_THREADS": str(threads),

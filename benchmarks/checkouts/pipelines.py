@@ -1,8 +1,7 @@
-"""Items on whole pipelines: the embedded model, control, quantisation, LoRA, prompts and the commands that draw."""
+"""Items on whole pipelines: the embedded model, control, quantisation, LoRA, and prompts."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import types
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from checkouts import fixtures
 from checkouts.models import noise, quiet
-from checkouts.record import Record, command, item, succeed
+from checkouts.record import Record, item
 from sana_sprint import PromptEncoder, SanaSprintControlNetPipeline, SanaSprintPipeline
 
 PROMPTS = [
@@ -318,74 +317,5 @@ def prompts(record: Record) -> None:
         with torch.set_grad_enabled(grad):
             made = encoder.encode(texts, complex_human_instruction=["Draw it.", "User: "])
             record.note(f"gradients {grad}", [made.embeds, made.mask])
-            record.note(f"gradients {grad}: counts", [made.truncated, made.num_tokens, made.lost_tokens])
+            record.note(f"gradients {grad}: counts", [made.num_tokens, made.lost_tokens])
     record.note("repeated", pipe.encode_prompt("a star", num_images_per_prompt=3))
-
-
-# ----- commands -------------------------------------------------------------------------------------------------------
-
-
-@item("command/generate")
-def command_generate(record: Record) -> None:
-    record.note("lines", succeed("generate", *PROMPTS, "-n", 2, "--seed", 7, "-o", "drawn"))
-    out = succeed(
-        "generate", "a red heart", "--seed", 3, "--steps", 4, "--guidance", 5, "--size", "160x96", "--json"
-    )
-    record.note("json", json.loads(out))
-    Path("prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
-    more = (
-        "--file",
-        "prompts.txt",
-        "-s",
-        9,
-        "-o",
-        "filed",
-        "--steps",
-        1,
-        "--max-timesteps",
-        1.5,
-        "--dtype",
-        "fp32",
-    )
-    record.note("file", succeed("generate", *more, "--vae-tiling", "--vae-slicing"))
-    lora = f"{fixtures.FOLDER / 'peft.safetensors'}:0.5"
-    record.note("lora", command("generate", "a star", "-s", 1, "-o", "lora.png", "--lora", lora)[0])
-    succeed("generate", "a star", "-s", 1, "-o", "int8.png", "--quantize", "int8")
-    for folder in ("drawn", "filed", "out"):
-        record.note_folder(folder, Path(folder))
-    with Image.open("lora.png") as picture:
-        record.note("lora.png", picture.copy())
-    record.note("int8.png", Path("int8.png"))
-
-
-@item("command/control")
-def command_control(record: Record) -> None:
-    for name in ("sketch.png", "photo.png"):
-        shutil.copy(fixtures.FOLDER / "pictures" / name, name)
-    for kind, picture in (("scribble", "sketch.png"), ("canny", "photo.png"), ("none", "photo.png")):
-        out = f"control-{kind}"
-        words = ("a red heart", "--image", picture, "--kind", kind, "--seed", 5, "-n", 2, "-o", out)
-        record.note(kind, succeed("control", *words, "--preview", f"{out}.png", "--scale", 0.8, "--end", 0.7))
-        record.note_folder(out, Path(out))
-        record.note(f"{out}: seen", Path(f"{out}.png"))
-
-
-@item("command/info")
-def command_info(record: Record) -> None:
-    record.note("emoji", json.loads(succeed("info", "emoji", "--json")))
-
-
-@item("command/export")
-def command_export(record: Record) -> None:
-    succeed("export", "emoji", "exported", "--dtype", "fp32")
-    record.note_folder("folder", Path("exported"))
-    succeed("export", "emoji", "transformer.safetensors", "--dtype", "bf16")
-    succeed("export", "emoji", "vae.safetensors", "--component", "vae")
-    record.note("transformer", Path("transformer.safetensors"))
-    record.note("vae", Path("vae.safetensors"))
-
-
-@item("command/demo")
-def command_demo(record: Record) -> None:
-    succeed("demo", "-o", "demo")
-    record.note_folder("demo", Path("demo"))

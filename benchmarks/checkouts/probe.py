@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from checkouts import fixtures, models, pipelines, training  # noqa: F401  (register their items)
+from checkouts import fixtures, models, pipelines, programs, training  # noqa: F401  (register their items)
 from checkouts.record import ITEMS, Record
 
 

@@ -307,7 +307,18 @@ def interrupted_student(record: Record, signal_number: int) -> None:
     note_run(record, Path(name))
 
 
-@item("training/control-teacher-diffusers")
+@item("training/student-processes")
+def student_of_two_processes(record: Record) -> None:
+    """States divided over two processes, and a resume."""
+    path = write_stage("runs/student-two", student_values(**FULL, distribution="shard", schedule=schedule(4)))
+    call = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for more in (["schedule.steps=2"], []):
+        words = [*call, "-m", "sana_sprint", "train", str(path), *more]
+        subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+    note_run(record, Path("runs/student-two"))
+
+
+@item("training/control-teacher-official")
 def other_control_teacher(record: Record) -> None:
     values = {
         "stage": "control-teacher",
