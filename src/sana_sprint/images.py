@@ -1,4 +1,4 @@
-"""Pictures: tensors in [-1,1] to PIL and back, grids, resizing, and settings in PNG files."""
+"""Pictures: conversion between tensors in [-1,1] and PIL, grids, resizing, and settings in PNG files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ INFOTEXT_KEY = "parameters"  # PNG text chunk that other picture tools write and
 
 
 def read_picture(path: str | os.PathLike[str]) -> Image.Image:
-    """A picture file, read whole. Raises ValueError, naming the file, if it cannot be read."""
+    """A picture file, read in full. Raises ValueError, naming the file, if it cannot be read."""
     try:
         with Image.open(path) as picture:
             picture.load()
@@ -36,12 +36,12 @@ def to_uint8(images: Tensor) -> np.ndarray:
     """(B,3,H,W) in [-1,1], clamped -> uint8 (B,H,W,3), rounded to nearest.
 
     Raises:
-        ValueError: a value is not finite (a black picture would hide it).
+        ValueError: a value is not finite (a black picture would hide that).
     """
     if not torch.isfinite(images).all():
         raise ValueError("the picture has values that are not finite")
     scaled = images.float().clamp(-1, 1).add_(1).mul_(127.5).round_()
-    # Colours side by side already on the device: PIL would gather them one by one.
+    # Channels last already on the device: PIL would gather them one by one.
     array: np.ndarray = scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
     return array
 
@@ -63,10 +63,9 @@ def to_numpy(images: Tensor) -> np.ndarray:
 
 
 def to_rgb(picture: Image.Image, *, background: str = "white") -> Image.Image:
-    """A picture of any mode as RGB, the right way up.
+    """A picture of any mode as RGB, upright.
 
-    The camera's orientation note is followed, 16-bit greys keep their range, and what is transparent shows
-    `background`.
+    The EXIF orientation is applied, 16-bit greys keep their range, and transparency shows `background`.
     """
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I"):  # 16-bit grey: a plain conversion would clip at 255
@@ -88,13 +87,13 @@ def from_pil(
 def resize_and_crop(
     images: Tensor, *, resized: tuple[int, int], corner: tuple[int, int], size: tuple[int, int]
 ) -> Tensor:
-    """Resize (B,C,H,W) to `resized`, then cut out `size` from `corner` on; each is (vertical, horizontal).
+    """Resize (B,C,H,W) to `resized`, then crop `size` at `corner`; each is (vertical, horizontal).
 
-    Bilinear, with a filter as wide as the shrinking: thin lines fade instead of breaking up. Enlarging is plain
-    bilinear, as published. Returns fp32; the same values if nothing is to be done.
+    Antialiased bilinear when shrinking, so that thin lines fade instead of breaking up; plain bilinear when enlarging, as
+    published. Returns fp32, the same values where neither is needed.
 
     Raises:
-        ValueError: if the cut-out does not lie inside the resized picture.
+        ValueError: if the crop does not lie inside the resized picture.
     """
     (top, left), (height, width) = corner, size
     if min(top, left) < 0 or min(height, width) < 1 or top + height > resized[0] or left + width > resized[1]:
@@ -108,7 +107,7 @@ def resize_and_crop(
 
 
 def resize_to_cover(images: Tensor, height: int, width: int) -> Tensor:
-    """(B,C,H,W) scaled alike in both directions until it covers (height, width), and its centre cut out; fp32."""
+    """(B,C,H,W) scaled uniformly until it covers (height, width), then cropped around its centre; fp32."""
     plan = cover(images.shape[-2], images.shape[-1], height, width)
     return resize_and_crop(
         images, resized=(plan.height, plan.width), corner=(plan.top, plan.left), size=(height, width)
@@ -133,10 +132,10 @@ def grid(pictures: Sequence[Image.Image], *, columns: int, gap: int = 2) -> Imag
 def save_png(
     picture: Image.Image, file: str | os.PathLike[str] | IO[bytes], settings: Mapping[str, Any]
 ) -> None:
-    """Write a PNG that tells how it was made: `settings` as JSON, and a line that other tools read.
+    """Write a PNG with its settings: as JSON, and as a line that other tools read.
 
-    That line uses `prompt`, `num_inference_steps`, `guidance_scale`, `seed`, `width`, `height` and `model`, as far as
-    they are among the settings.
+    The line has `prompt`, `num_inference_steps`, `guidance_scale`, `seed`, `width`, `height` and `model`, those that are
+    present.
     """
     info = PngInfo()
     info.add_itxt(SETTINGS_KEY, json.dumps(settings, ensure_ascii=False))
@@ -163,7 +162,7 @@ def read_settings(picture: Image.Image) -> dict[str, Any] | None:
 
 
 def infotext(settings: Mapping[str, Any]) -> str:
-    """Prompt, then `Steps: 2, CFG scale: 4.5, Seed: 1, Size: 640x480, Model: name`: the usual one-line dialect."""
+    """Prompt, then `Steps: 2, CFG scale: 4.5, Seed: 1, Size: 640x480, Model: name`: the usual one-line format."""
     labels = {"Steps": "num_inference_steps", "CFG scale": "guidance_scale", "Seed": "seed"}
     parts = [f"{label}: {settings[key]}" for label, key in labels.items() if key in settings]
     if "width" in settings and "height" in settings:

@@ -1,7 +1,7 @@
-"""What happens to a prompt before the text encoder: normalising, cleaning, the instruction, the token window.
+"""Prompt preparation for the text encoder: normalising, cleaning, the instruction, the token window.
 
-Pure text and integers; no tensors. The rules are those of the published SANA-Sprint pipeline, which is how
-the published weights are used. Where we differ on purpose, the docstring says so.
+Pure text and integers; no tensors. The rules are those of the published SANA-Sprint pipeline, with which the published
+weights are used. Intentional differences are stated in the docstrings.
 """
 
 import html
@@ -27,10 +27,10 @@ COMPLEX_HUMAN_INSTRUCTION: tuple[str, ...] = (
 
 
 def join_instruction(instruction: Sequence[str] | None) -> str:
-    """One line per item; an empty string, meaning no instruction, for None, an empty sequence and `[""]`.
+    """Joins the instruction's lines; an empty string, meaning no instruction, for None, an empty sequence and `[""]`.
 
     Raises:
-        ValueError: for a plain string, which would be taken apart into letters.
+        ValueError: for a plain string, which would be split into letters.
     """
     if isinstance(instruction, str):
         raise ValueError(
@@ -54,7 +54,7 @@ class TokenWindow:
         return 1 + max(0, min(num_tokens, self.end) - self.start)
 
     def num_lost(self, num_tokens: int) -> int:
-        """How many of `num_tokens` are cut off."""
+        """Number of `num_tokens` that are cut off."""
         return max(0, num_tokens - self.end)
 
 
@@ -86,19 +86,18 @@ def token_window(
 
 
 def normalise_prompt(prompt: str, *, clean: bool = False) -> str:
-    """Lower case without outer blanks, as in the published pipeline; `clean` runs `clean_caption` instead.
+    """Lower-cases and strips a prompt, as the published pipeline does; `clean` runs `clean_caption` instead.
 
-    Lower case loses the case of words to be written in the picture; the published weights take it as it is.
+    Text to be written in the picture loses its case too; the published weights expect that.
     """
     return clean_caption(prompt) if clean else prompt.lower().strip()
 
 
 def clean_caption(caption: str) -> str:
-    """Lower-case a caption scraped from the web and take out what is not a description.
+    """Lower-cases a caption scraped from the web and removes everything that is not description.
 
-    Markup, links, nicknames, file names, article numbers, sizes, shop phrases and stray punctuation go; text
-    that was decoded wrongly is repaired. The rules run twice, because what one takes out can uncover work for
-    another.
+    Markup, links, nicknames, file names, article numbers, sizes, shop phrases and stray punctuation are removed; wrongly
+    decoded text is repaired. The rules run twice, because one removal can expose a match of another rule.
 
     The same as the published pipeline's cleaning with two differences: Chinese and Japanese text stays (there
     it is deleted, and a Chinese prompt becomes an empty one), and markup that the HTML parser refuses is kept
@@ -126,7 +125,7 @@ _DASH = (
 )
 _SYMBOL = "[" + re.escape("#®•©™&@·º½¾¿¡§~()[]{}|\\/*") + "]"
 
-# Order matters throughout: each rule sees what those before it left.
+# Order matters throughout: each rule sees the output of those before it.
 _BEFORE_MARKUP = _rules(
     ("<person>", "person"),  # an anonymiser's placeholder, not a tag
     (rf"\b(?:https?:(?:/{{1,3}}|[a-z0-9%])|{_SITE})", ""),

@@ -1,7 +1,7 @@
-"""Picture sizes: the aspect-ratio buckets a model was trained on, and how a bucket's picture becomes the asked size.
+"""Picture sizes: the aspect-ratio buckets a model was trained on, and the crop from a bucket to the requested size.
 
-A model draws best at sizes near its native one, so a request is mapped to the bucket of the nearest aspect ratio, and
-the picture is then resized and cropped to the size that was asked for. Sizes are (height, width) in pixels.
+Models are best near their native size, so a request is mapped to the bucket of the nearest aspect ratio, and the picture
+is then resized and cropped to the requested size. Sizes are (height, width) in pixels.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 BUCKET_UNITS = 16  # sides in the tables below are sixteenths of the native side
 
-# Height and width of the buckets that are wide or square; the tall ones are the same turned round. These are the
+# Height and width of the buckets that are wide or square; the tall ones are the same transposed. These are the
 # published tables of 512 and 1024 px models (the same but for scale) and of 2048 and 4096 px models.
 _WIDE = (
     (8, 32), (8, 29), (9, 28), (9, 27), (9, 26), (10, 25), (10, 24), (11, 23), (11, 22), (11, 21), (12, 21), (12, 20),
@@ -34,7 +34,7 @@ def native_size(sample_size: int, pixels_per_cell: int) -> int:
 
 @dataclass(frozen=True)
 class Size:
-    """What was asked for (`height`, `width`) and what the model draws (`model_height`, `model_width`), in pixels."""
+    """The requested size (`height`, `width`) and the model's (`model_height`, `model_width`), in pixels."""
 
     height: int
     width: int
@@ -48,7 +48,7 @@ class Size:
 
 @dataclass(frozen=True)
 class ResizeCrop:
-    """Resize to (`height`, `width`), then cut out the asked size from (`top`, `left`) on."""
+    """Resize to (`height`, `width`), then crop the requested size at (`top`, `left`)."""
 
     height: int
     width: int
@@ -97,20 +97,20 @@ def nearest_bucket(height: int, width: int, native: int, multiple: int) -> tuple
 
 @functools.cache
 def _ratio_labels(native: int, multiple: int) -> list[float]:
-    """What the published tables call their buckets: height / width rounded to two decimals."""
+    """The keys of the published tables: height / width rounded to two decimals."""
     return [round(height / width, 2) for height, width in buckets(native, multiple)]
 
 
 def plan_size(
     height: int | None, width: int | None, *, native: int, multiple: int, use_binning: bool = True
 ) -> Size:
-    """The size that the model draws for a request.
+    """The model's size for a request.
 
     Args:
-        height, width: the picture asked for; None for `native`.
+        height, width: requested; None for `native`.
         native: side of the model's square picture.
         multiple: pixels per token.
-        use_binning: draw the nearest bucket, to be resized; False draws the asked size itself.
+        use_binning: use the nearest bucket, to be resized; False uses the requested size itself.
 
     Raises:
         ValueError: for sides that are not whole numbers from 1 up, and without binning for sides that are not
@@ -142,7 +142,7 @@ def _side(name: str, value: int) -> int:
 
 
 def cover(height: int, width: int, out_height: int, out_width: int) -> ResizeCrop:
-    """How a picture of (height, width) fills (out_height, out_width): scaled alike in both directions, centre kept.
+    """The uniform scaling and centre crop with which a picture of (height, width) fills (out_height, out_width).
 
     In whole numbers: one side fits exactly and the other is rounded up, so that it is never short. (Rounded down, as
     in the published pipeline, 480x640 comes out one pixel high.)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sana_sprint.controls import condition
+from sana_sprint.controls import control_picture
 from sana_sprint.controls.annotators import load_annotator
 from sana_sprint.images import to_rgb
 from tests.helpers.controls import SIDE, bar
@@ -21,7 +21,7 @@ def test_a_missing_annotator_says_what_to_install(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(
         ValueError, match=r"'depth' needs controlnet-aux: pip install 'sana-sprint\[control\]'"
     ):
-        condition(bar(), "depth", SIDE, SIDE)
+        control_picture(bar(), "depth", SIDE, SIDE)
 
 
 def test_annotators_see_the_upright_picture_and_hed_becomes_a_scribble(
@@ -43,9 +43,9 @@ def test_annotators_see_the_upright_picture_and_hed_becomes_a_scribble(
 
     modules = SimpleNamespace(MidasDetector=Detector, HEDdetector=Detector)
     monkeypatch.setitem(sys.modules, "controlnet_aux", modules)
-    found = condition(bar("LA", (0, 0), (0, 255)), "depth", 256, 256)
+    found = control_picture(bar("LA", (0, 0), (0, 255)), "depth", 256, 256)
     assert seen[0].mode == "RGB"
     assert (np.asarray(seen[0]) == np.asarray(to_rgb(bar()))).all()
     assert len(found.unique()) > 2  # as the detector gave it
-    assert set(condition(bar(), "hed", 256, 256).unique().tolist()) == {-1.0, 1.0}
+    assert set(control_picture(bar(), "hed", 256, 256).unique().tolist()) == {-1.0, 1.0}
     load_annotator.cache_clear()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from sana_sprint.controls import KINDS, condition, condition_for, scribble, to_scribble
+from sana_sprint.controls import KINDS, control_picture, control_picture_for, scribble, to_scribble
 from sana_sprint.resolutions import Size, plan_size
 from tests.helpers.controls import SIDE, bar, disc
 
@@ -23,7 +23,7 @@ def test_a_line_stays_where_it_was_drawn() -> None:
         Size(100, 300, 32, 128),  # and wider: cut at the sides
         plan_size(100, 300, native=128, multiple=32),
     ):
-        seen = condition_for(picture, "scribble", size)
+        seen = control_picture_for(picture, "scribble", size)
         assert seen.shape == (1, 3, size.model_height, size.model_width)
         columns = torch.nonzero(seen[0, 0].amax(dim=0) > 0).float()
         assert abs(float(columns.mean()) - (size.model_width - 1) / 2) <= 1
@@ -32,7 +32,7 @@ def test_a_line_stays_where_it_was_drawn() -> None:
 
 def test_a_ready_condition_is_only_fitted() -> None:
     picture = bar(canvas=(30, 90, 200), ink=(250, 1, 2))
-    seen = condition(picture, None, SIDE, SIDE)
+    seen = control_picture(picture, None, SIDE, SIDE)
     assert torch.equal(seen, torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 127.5 - 1)
 
 
@@ -61,10 +61,10 @@ def test_what_says_nothing_is_refused(tmp_path: Path) -> None:
     ]
     for picture, kind, message in cases:
         with pytest.raises(ValueError, match=message):
-            condition(picture, kind, SIDE, SIDE)
+            control_picture(picture, kind, SIDE, SIDE)
     for kind, thickness in (("canny", 3), ("scribble", 0)):
         with pytest.raises(ValueError, match="thickness is for scribbles and at least 1 pixel"):
-            condition(bar(), kind, SIDE, SIDE, thickness=thickness)
+            control_picture(bar(), kind, SIDE, SIDE, thickness=thickness)
     with pytest.raises(ValueError, match="thickness must be 0 or more, got: -1"):
         to_scribble(disc(), -1)
 
@@ -74,4 +74,4 @@ def test_lines_that_are_cut_off_are_a_blank_condition() -> None:
     ImageDraw.Draw(picture).rectangle((0, 0, 20, 99), fill="black")
     assert scribble(picture, 100, 300).any()
     with pytest.raises(ValueError, match="blank"):
-        condition(picture, "scribble", 100, 100)
+        control_picture(picture, "scribble", 100, 100)

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from sana_sprint.controls import condition
+from sana_sprint.controls import control_picture
 
 SIDE = 64
 
@@ -26,7 +26,7 @@ def bar(
 
 def lines_of(picture: Any, kind: str = "scribble", **settings: Any) -> Tensor:
     """The condition's lines (64,64) as booleans."""
-    seen = condition(picture, kind, SIDE, SIDE, **settings)
+    seen = control_picture(picture, kind, SIDE, SIDE, **settings)
     assert seen.shape == (1, 3, SIDE, SIDE)
     assert torch.equal(seen[:, :1].expand_as(seen), seen)
     return seen[0, 0] > 0

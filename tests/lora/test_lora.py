@@ -201,7 +201,7 @@ KEY = f"transformer.{LAYERS[0]}"
     [
         ({"transformer.blocks.7.to_q.lora_A.weight": torch.ones(2, 2)}, "lacks: transformer.blocks.7"),
         ({"text_encoder.q_proj.lora_A.weight": torch.ones(2, 2)}, "lacks: text_encoder"),
-        ({f"{KEY}.dora_scale": torch.ones(24)}, "no LoRA's.*dora_scale"),
+        ({f"{KEY}.dora_scale": torch.ones(24)}, "not keys of a LoRA.*dora_scale"),
         ({f"{KEY}.lora_A.weight": torch.ones(RANK, 5)}, r"to_q has shapes \(3, 5\)"),
         ({f"{KEY}.lora_B.weight": torch.ones(24, 2)}, r"needs \(rank, 24\) and \(24, rank\)"),
         ({f"{KEY}.lora_B.weight": None}, "to_q has no up matrix"),

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from sana_sprint import SanaSprintControlNetPipeline, SanaSprintPipeline
-from sana_sprint.controls import condition
+from sana_sprint.controls import control_picture
 from sana_sprint.images import to_pil
 from sana_sprint.models.controlnet import ControlNetConfig, SanaControlNetModel
 from sana_sprint.precision import NonFiniteError
@@ -127,7 +127,7 @@ def test_following_begins_and_ends_where_asked(
 def test_the_output_shows_what_the_model_saw(pipe: SanaSprintControlNetPipeline, tmp_path: Path) -> None:
     sketch().save(tmp_path / "sketch.png")
     output = pipe(PROMPT, image=tmp_path / "sketch.png", kind="scribble", seed=0)
-    expected = to_pil(condition(sketch(), "scribble", 32, 32))
+    expected = to_pil(control_picture(sketch(), "scribble", 32, 32))
     assert (pixels(output.conditions[0]) == pixels(expected)).all()
     assert tiny_pipeline()(PROMPT, seed=0).conditions == ()
 

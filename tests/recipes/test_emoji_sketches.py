@@ -140,7 +140,7 @@ def test_a_sketch_is_seen_as_it_was_trained_on(emoji_font) -> None:
     """The public way from black strokes on white to a condition ends at the lines of training."""
     for number, scene in enumerate(HELD_OUT[:6]):
         lines = drawing(np.asarray(render(scene)), random.Random(f"sketch-{number}"))
-        seen = controls.condition(sketch(scene, number), "scribble", SIZE, SIZE)
+        seen = controls.control_picture(sketch(scene, number), "scribble", SIZE, SIZE)
         assert torch.equal((seen[0, 0] > 0).float(), lines)
 
 

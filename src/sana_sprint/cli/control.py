@@ -132,13 +132,13 @@ def _following(
     image: Path, kind: str, thickness: int | None, scale: float, start: float, end: float
 ) -> dict[str, Any]:
     """The arguments about the picture, which is read once here for all calls."""
-    from sana_sprint.controls import check_kind, condition, open_picture
+    from sana_sprint.controls import check_kind, control_picture, open_picture
 
     wanted = None if kind == READY else kind
     checked(lambda: check_kind(wanted, thickness), hint=KIND_HINT)
     picture = checked(lambda: open_picture(image), hint=IMAGE_HINT)
     if wanted == "scribble":  # a blank one is refused before a model is loaded
-        checked(lambda: condition(picture, wanted, picture.height, picture.width), hint=IMAGE_HINT)
+        checked(lambda: control_picture(picture, wanted, picture.height, picture.width), hint=IMAGE_HINT)
     if not 0 <= scale < float("inf"):
         raise UsageError(f"--scale must be at least 0, got: {scale:g}", hint="1 is usual")
     if not 0 <= start < end <= 1:

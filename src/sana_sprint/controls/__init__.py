@@ -1,12 +1,12 @@
-"""Controls: from any picture to what a control branch follows.
+"""Controls: pictures that a control branch follows, made from pictures of any kind.
 
-Lines are (H,W) fp32, 1 = line and 0 = none; what the branch gets are pictures (1,3,H,W) in [-1,1].
+Lines are (H,W) fp32, 1 = line and 0 = none; a control picture is (1,3,H,W) in [-1,1].
 """
 
 from sana_sprint.controls.edges import canny, soft_edges
 from sana_sprint.controls.filters import blur, dilate, erode
 from sana_sprint.controls.kinds import ANNOTATORS, KINDS, BlankPictureError, check_kind
-from sana_sprint.controls.picture import Picture, condition, condition_for, open_picture
+from sana_sprint.controls.picture import Picture, control_picture, control_picture_for, open_picture
 from sana_sprint.controls.scribble import redraw, scribble, to_scribble
 
 __all__ = [
@@ -17,8 +17,8 @@ __all__ = [
     "blur",
     "canny",
     "check_kind",
-    "condition",
-    "condition_for",
+    "control_picture",
+    "control_picture_for",
     "dilate",
     "erode",
     "open_picture",

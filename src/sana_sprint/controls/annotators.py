@@ -1,4 +1,4 @@
-"""Control pictures that a network of the package controlnet-aux makes."""
+"""Control pictures made by networks of the package controlnet-aux."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ANNOTATOR_WEIGHTS = "lllyasviel/Annotators"
 
 
 def annotate(picture: Image.Image, kind: str) -> Image.Image:
-    """What the annotator of this kind makes of a picture; its weights come from the Hub when first used."""
+    """The annotator's output for a picture; its weights are downloaded from the Hub on first use."""
     found = load_annotator(kind)(to_rgb(picture))
     assert isinstance(found, Image.Image)
     return found
@@ -28,7 +28,7 @@ def load_annotator(kind: str) -> Callable[[Image.Image], Any]:
         import controlnet_aux
     except ImportError as error:
         raise ValueError(
-            f"the condition {kind!r} needs controlnet-aux: pip install 'sana-sprint[control]'"
+            f"the control kind {kind!r} needs controlnet-aux: pip install 'sana-sprint[control]'"
         ) from error
     made: Callable[[Image.Image], Any] = getattr(controlnet_aux, ANNOTATORS[kind]).from_pretrained(
         ANNOTATOR_WEIGHTS

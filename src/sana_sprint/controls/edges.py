@@ -11,14 +11,14 @@ from torch.nn import functional as F
 from sana_sprint.controls.filters import blur, dilate, padded
 from sana_sprint.controls.kinds import MIN_CONTRAST
 
-# Canny's blur, in pixels, and its thresholds, as shares of the steepest slope there can be.
+# Canny's blur, in pixels, and its thresholds, as fractions of the largest possible gradient.
 CANNY_SIGMA, CANNY_LOW, CANNY_HIGH = 1.4, 0.05, 0.12
 SOFT_SIGMA = 1.0
 
 
 def canny(grey: Tensor) -> Tensor:
-    """Edges one pixel wide (Canny 1986) of a brightness (H,W) in [0,1]: the ridges of its slope, strong ones and what hangs
-    together with them."""
+    """Edges one pixel wide (Canny 1986) of a brightness (H,W) in [0,1]: strong ridges of its gradient, and weak ones connected
+    to them."""
     dx, dy = _slopes(blur(grey, CANNY_SIGMA))
     slope = torch.hypot(dx, dy)
     windows = F.unfold(padded(slope, 1), 3)[0].view(9, *grey.shape)
@@ -37,7 +37,7 @@ def canny(grey: Tensor) -> Tensor:
 
 
 def soft_edges(grey: Tensor) -> Tensor:
-    """The slope of a brightness (H,W) in [0,1], smooth, its strongest at 1."""
+    """Gradient magnitude of a smoothed brightness (H,W) in [0,1], scaled to a maximum of 1."""
     dx, dy = _slopes(blur(grey, SOFT_SIGMA))
     slope = torch.hypot(dx, dy)
     strongest = float(slope.max())
@@ -45,7 +45,7 @@ def soft_edges(grey: Tensor) -> Tensor:
 
 
 def _slopes(grey: Tensor) -> tuple[Tensor, Tensor]:
-    """Sobel's slopes along x and y, (H,W) each; 1 for a step from 0 to 1."""
+    """Sobel gradients along x and y, (H,W) each; 1 for a step from 0 to 1."""
     kernel = grey.new_tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]) / 4
     both = F.conv2d(padded(grey, 1), torch.stack([kernel, kernel.T])[:, None])[0]
     return both[0], both[1]

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 
 def blur(x: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur of (H,W); `sigma` in pixels. The border goes on outside."""
+    """Gaussian blur of (H,W); `sigma` in pixels. The border is repeated."""
     radius = math.ceil(3 * sigma)
     steps = torch.arange(-radius, radius + 1, dtype=x.dtype, device=x.device)
     kernel = torch.exp(-steps.square() / (2 * sigma**2))
@@ -20,7 +20,7 @@ def blur(x: Tensor, sigma: float) -> Tensor:
 
 
 def dilate(lines: Tensor, size: int) -> Tensor:
-    """The largest value in each square of `size` pixels around a pixel of (H,W); 1 and less changes nothing."""
+    """Maximum over the square of `size` pixels around each pixel of (H,W); the input itself for 1 and less."""
     if size <= 1:
         return lines
     before = (size - 1) // 2
@@ -32,7 +32,7 @@ def dilate(lines: Tensor, size: int) -> Tensor:
 
 
 def erode(lines: Tensor, size: int) -> Tensor:
-    """The smallest value in each square of `size` pixels around a pixel of (H,W)."""
+    """Minimum over the square of `size` pixels around each pixel of (H,W)."""
     return -dilate(-lines, size)
 
 

@@ -1,4 +1,4 @@
-"""The kinds of control picture, and when one is blank."""
+"""Kinds of control picture, and the contrast below which one is blank."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ KINDS = ("scribble", "canny", "softedge", *ANNOTATORS)
 
 
 def check_kind(kind: str | None, thickness: int | None = None) -> None:
-    """Raise ValueError for an unknown kind, and for a thickness that is none or that it has no use for."""
+    """Raise ValueError for an unknown kind, a thickness below 1, and a thickness for a kind without lines to redraw."""
     if kind is not None and kind not in KINDS:
         raise ValueError(
-            f"kind must be one of {', '.join(KINDS)}, or None for a ready condition; got: {kind!r}"
+            f"kind must be one of {', '.join(KINDS)}, or None for a ready control picture; got: {kind!r}"
         )
     if thickness is not None and (kind != "scribble" or thickness < 1):
         raise ValueError(f"thickness is for scribbles and at least 1 pixel, got: {thickness} for {kind!r}")

@@ -1,9 +1,9 @@
-"""From any picture to what a control branch follows: white lines on black, or what an annotator makes of it.
+"""Control pictures: white lines on black, or the output of an annotator, from a picture of any kind.
 
-A branch is trained on conditions of one look, so a user's sketch, whatever its colours, canvas and size, must come to
-look like them. What cannot be used (unreadable, blank, tiny) is a ValueError, because its condition would say nothing.
+A branch is trained on control pictures of one look, so a sketch of any colours, canvas and size is converted to that look.
+Unreadable, blank and tiny pictures raise ValueError: a branch could not follow them.
 
-Conditions are pictures (1,3,H,W) in [-1,1].
+A control picture is (1,3,H,W) in [-1,1].
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MIN_SIDE = 8  # pixels; smaller pictures hold no sketch
 LUMA = (0.299, 0.587, 0.114)
 
 
-def condition_for(
+def control_picture_for(
     picture: Picture,
     kind: str | None,
     size: Size,
@@ -36,11 +36,11 @@ def condition_for(
     thickness: int | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
-    """The condition (1,3,model_height,model_width) in [-1,1] of a picture that is drawn for `size`.
+    """The control picture (1,3,model_height,model_width) in [-1,1] for a call that draws `size`.
 
-    The model's picture is resized and cropped to the size asked for (`resolutions.cover`). So only the part that will be
-    seen is filled by the condition, and the lines stay where they were drawn; the margins continue its border.
-    Arguments and errors are those of `condition`; thickness counts pixels of the model.
+    The model's picture is resized and cropped to the requested size (`resolutions.cover`). The control picture fills the
+    part that remains, so that lines stay where they were drawn, and its border is repeated over the margins.
+    Arguments and errors are those of `control_picture`; `thickness` is in pixels of the model.
     """
     full_height, full_width = size.model_height, size.model_width
     plan = cover(full_height, full_width, size.height, size.width)
@@ -50,12 +50,12 @@ def condition_for(
         min(round(plan.top * down), full_height - height),
         min(round(plan.left * across), full_width - width),
     )
-    seen = condition(picture, kind, height, width, thickness=thickness, device=device)
+    seen = control_picture(picture, kind, height, width, thickness=thickness, device=device)
     margins = (left, full_width - width - left, top, full_height - height - top)
     return F.pad(seen, margins, mode="replicate")
 
 
-def condition(
+def control_picture(
     picture: Picture,
     kind: str | None,
     height: int,
@@ -64,21 +64,21 @@ def condition(
     thickness: int | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
-    """A picture's condition (1,3,height,width) in [-1,1].
+    """The control picture (1,3,height,width) in [-1,1] of a picture.
 
-    The picture is scaled alike in both directions until it covers the size, and its centre is kept.
+    The picture is scaled uniformly until it covers the size, and cropped around its centre.
 
     Args:
-        picture: of any mode and size, or a file of one. Its orientation note is followed; transparency is canvas.
+        picture: of any mode and size, or the path of one. Its EXIF orientation is applied; transparency is canvas.
         kind: "scribble" (drawn lines, dark on light or light on dark), "canny" (edges), "softedge" (smooth edges), one of
-            `ANNOTATORS`, which need the package controlnet-aux, or None: the picture already is a condition.
+            `ANNOTATORS`, which need the package controlnet-aux, or None: the picture already is a control picture.
         height, width: in pixels.
-        thickness: of a scribble's lines, in pixels of the result; None keeps them as drawn.
-        device: where it is made; None for the CPU.
+        thickness: width of a scribble's lines in pixels of the result; None keeps them as drawn.
+        device: of the computation and the result; None for the CPU.
 
     Raises:
         ValueError: for an unknown kind, a picture that cannot be read, and a package not installed.
-        BlankPictureError: the picture says nothing.
+        BlankPictureError: the picture has no lines or edges.
     """
     check_kind(kind, thickness)
     source = open_picture(picture)
@@ -96,7 +96,7 @@ def condition(
 
 
 def open_picture(picture: Picture) -> Image.Image:
-    """The picture, read whole and the right way up. Raises ValueError if that fails or it is smaller than 8 pixels."""
+    """A picture, read in full and upright. Raises ValueError if it cannot be read or has a side below 8 pixels."""
     if isinstance(picture, str | os.PathLike):
         picture = read_picture(picture)
     if not isinstance(picture, Image.Image):

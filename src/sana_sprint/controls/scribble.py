@@ -20,9 +20,9 @@ INK_SHARE = 0.25  # of the strongest ink's contrast: fainter marks are smudges
 
 
 def scribble(picture: Image.Image, height: int, width: int, *, device: torch.device | None = None) -> Tensor:
-    """Lines (height,width) of a drawing: whatever differs from its canvas, the most frequent colour.
+    """Lines (height,width) of a drawing: the pixels that differ from its canvas, which is the median colour.
 
-    Raises BlankPictureError if nothing does, on a white or on a black ground where it is transparent.
+    Raises BlankPictureError if none does; a transparent drawing is tried on white, then on black.
     """
     for background in ("white", "black"):  # strokes may be as white as the first
         ink = _ink(from_pil(picture, background=background, device=device))
@@ -41,7 +41,7 @@ def scribble(picture: Image.Image, height: int, width: int, *, device: torch.dev
 
 
 def _ink(picture: Tensor) -> Tensor:
-    """(1,3,H,W) in [-1,1] -> contrast to the canvas, (H,W) in [0,1]: the largest over the colours, so that yellow counts."""
+    """(1,3,H,W) in [-1,1] -> contrast to the canvas, (H,W) in [0,1]: the largest over the channels, so that yellow counts."""
     canvas = _median(picture[0].flatten(1))[:, None, None]
     return (picture[0] - canvas).abs().amax(dim=0) / 2
 
@@ -54,9 +54,9 @@ def _median(rows: Tensor) -> Tensor:
 
 
 def redraw(lines: Tensor, thickness: int) -> Tensor:
-    """Lines (H,W) of any width with the same middle and `thickness` pixels, one more where that is between two."""
+    """Lines (H,W) redrawn around their centre lines, `thickness` pixels wide; one more where a centre lies between pixels."""
     middle = torch.zeros_like(lines)
-    while lines.any():  # the morphological skeleton: what an opening removes at each erosion
+    while lines.any():  # morphological skeleton: the difference to an opening, at each erosion
         smaller = erode(lines, 3)
         middle = torch.maximum(middle, lines - torch.minimum(lines, dilate(smaller, 3)))
         lines = smaller

@@ -1,1 +1,1 @@
-"""Scores of pictures: the Frechet distance between two sets, agreement with captions by CLIP, and by a judge."""
+"""Scores of pictures: Frechet distance between two sets, CLIP score, and compositional correctness by a judge."""

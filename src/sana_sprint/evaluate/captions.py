@@ -1,4 +1,4 @@
-"""CLIP score: how well pictures agree with their captions, by a CLIP model of the open_clip package."""
+"""CLIP score: agreement of pictures with their captions, by a CLIP model of the open_clip package."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Scorer = Callable[[Sequence[Path], Sequence[str]], list[float]]
 
 
 def caption_of(picture: Path) -> str:
-    """The text of the .txt file beside a picture, or else the prompt that its own settings name.
+    """The text of the .txt file beside a picture, or else the prompt in its own settings.
 
     Raises:
-        ValueError: there is neither.
+        ValueError: the picture has neither.
     """
     sidecar = picture.with_suffix(".txt")
     if sidecar.is_file():
@@ -38,7 +38,7 @@ def clip_scorer(model: str, weights: str, *, device: str = "cpu") -> Scorer:
     Args:
         model: an open_clip architecture, such as "ViT-L-14".
         weights: a file on this machine, or an open_clip tag such as "openai", which it downloads.
-        device: where to compute.
+        device: of the computation.
 
     Raises:
         ImportError: open_clip is not installed.

@@ -1,7 +1,7 @@
-"""Scoring a pipeline by a judge: are the pictures what their captions say?
+"""Scores a pipeline with a judge of whether pictures match their captions.
 
 A judge is a module that offers `evaluation_scenes(count)`, scenes with a `caption` each; `judge_many(pictures, scenes)`,
-verdicts with `correct` and `reason`; and `summarize(verdicts, scenes)`, the part that is correct, by task and "overall".
+verdicts with `correct` and `reason`; and `summarize(verdicts, scenes)`, the fraction that is correct, by task and "overall".
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PIXELS_PER_CALL, MAX_PICTURES_PER_CALL = 2**20, 50
 
 
 class Scene(Protocol):
-    """What a picture should show."""
+    """The content that a picture should show."""
 
     @property
     def caption(self) -> str: ...
@@ -72,14 +72,14 @@ def draw(
     """One picture of the model's own size for each caption.
 
     Args:
-        pipeline: draws.
-        captions: what to draw.
+        pipeline: of any model.
+        captions: one per picture.
         num_steps: network evaluations.
         guidance: of every picture; None is the pipeline's own.
         middle_time: angle between the steps where there are two; None is the pipeline's own.
         first_seed: picture i has first_seed + i.
         batch: pictures per call of the pipeline; None chooses by their size.
-        on_progress: called after each call with the number of its pictures.
+        on_progress: called after each call of the pipeline with the number of its pictures.
     """
     side = pipeline.native_size
     batch = batch or max(1, min(MAX_PICTURES_PER_CALL, PIXELS_PER_CALL // side**2))

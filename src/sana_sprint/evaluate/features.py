@@ -1,4 +1,4 @@
-"""What pictures are compared by: feature vectors of an Inception network or of a DC-AE's encoder."""
+"""Feature vectors of pictures, of an Inception network or of a DC-AE's encoder."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Extractor = Callable[
 
 
 def dcae_features(autoencoder: AutoencoderDC) -> Extractor:
-    """Mean and standard deviation over the grid of the encoder's deepest features, what its last convolution sees.
+    """Mean and standard deviation over the grid of the encoder's deepest features, the input of its last convolution.
 
-    D is twice the channels there: 512 for the embedded model. Distances in this space compare with one another, not
-    with published FIDs. Pictures must have sides divisible by the autoencoder's compression.
+    D is twice the channels there: 512 for the embedded model. Distances in this space are comparable only with one another,
+    not with published FIDs. Pictures must have sides divisible by the autoencoder's compression.
     """
     seen: list[Tensor] = []
 
@@ -48,11 +48,11 @@ def inception_features(weights: Path, *, device: str = "cpu") -> Extractor:
 
     Args:
         weights: the TorchScript file `inception-2015-12-05.pt` that StyleGAN's and clean-fid's scores use: it takes
-            bytes (B,3,299,299) and gives features with `return_features=True`. The file is code: trust where it is from.
-        device: where to compute.
+            bytes (B,3,299,299) and gives features with `return_features=True`. The file is code: load it only from a trusted source.
+        device: of the computation.
 
     Raises:
-        ValueError: it is not there or cannot be read.
+        ValueError: it is absent or cannot be read.
     """
     try:
         network = torch.jit.load(weights, map_location=device).eval()  # type: ignore[no-untyped-call]  # torch's
@@ -74,7 +74,7 @@ def prepare(picture: Image.Image, size: int) -> Tensor:
     """A picture as (1,3,size,size) in [-1,1]: bicubic with a filter as wide as the shrinking, rounded to 8 bits.
 
     That filter matters: without it the FID of one set against itself, resized another way, is several points
-    (arXiv 2104.11222). A picture that is not square is squeezed, as everywhere in FID.
+    (arXiv 2104.11222). A picture that is not square is stretched, as is usual for FID.
     """
     image = from_pil(picture)
     if image.shape[2:] == (size, size):
@@ -95,7 +95,7 @@ def features_of(
     """Features (n,D) fp32 of pictures or picture files; `on_progress` is called with the number done since its last call.
 
     Raises:
-        ValueError: none, or naming a file that cannot be read.
+        ValueError: no pictures, or a file that cannot be read, named.
     """
     if not pictures:
         raise ValueError("there are no pictures")

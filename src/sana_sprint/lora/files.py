@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from sana_sprint.weights import download, first_few, is_hub_id, open_safetensors
 
-METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps the adapter's settings in a file's metadata
+METADATA_KEY = "lora_adapter_metadata"  # diffusers' metadata key for the adapter's settings
 PEFT_CONFIG = "adapter_config.json"
 FILE_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.", "lora_transformer_", "lora_unet_")
@@ -54,14 +54,14 @@ Adapter = dict[str, LowRank]  # by the layer's name in the model
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """Tensors by their key, and the settings that came along (`lora_alpha`, `alpha_pattern`, `use_rslora`)."""
+    """Tensors by key, and the settings of the file (`lora_alpha`, `alpha_pattern`, `use_rslora`)."""
 
     tensors: Mapping[str, Tensor]
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def parse_adapter(file: AdapterFile, model: nn.Module) -> Adapter:
-    """What a file adds to each layer of `model`.
+    """The additions of a LoRA file to the layers of `model`, by layer name.
 
     Raises:
         ValueError: if the file is empty, has keys that are not LoRA's, names layers the model lacks, lacks the other
@@ -86,7 +86,7 @@ def parse_adapter(file: AdapterFile, model: nn.Module) -> Adapter:
                 tensor
             )
     if strange:
-        raise ValueError(f"keys that are no LoRA's (of the kinds read here): {first_few(strange)}")
+        raise ValueError(f"not keys of a LoRA in a supported format: {first_few(strange)}")
     if unknown:
         raise ValueError(f"the LoRA is for layers that this model lacks: {first_few(unknown)}")
     if not halves:
@@ -167,7 +167,9 @@ def read_adapter(
     if not settings and (config := file.with_name(PEFT_CONFIG)).is_file():
         settings = json.loads(config.read_text(encoding="utf-8"))
     if settings.get("use_dora"):
-        raise ValueError(f"{file} is a DoRA, which also changes the weights' lengths; only LoRA is read")
+        raise ValueError(
+            f"{file} is a DoRA, which also changes the norms of the weights; only LoRA is supported"
+        )
     return AdapterFile(tensors, settings)
 
 
@@ -181,7 +183,7 @@ def _choose_file(path: Path, weight_name: str | None) -> Path:
     found = [name for name in wanted if (path / name).is_file()] or ([] if weight_name else names)
     if len(found) != 1:
         raise ValueError(
-            f"{path} holds {weight_name or 'one LoRA'} not: its safetensors files are {first_few(names) or 'none'}; "
+            f"{path} does not hold {weight_name or 'exactly one LoRA'}: its safetensors files are {first_few(names) or 'none'}; "
             "choose one by weight_name"
         )
     return path / found[0]

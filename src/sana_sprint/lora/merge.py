@@ -1,7 +1,6 @@
 """LoRAs in a model: merged into its weights in fp32, with the originals kept.
 
-Drawing costs nothing more, every way of using a weight sees the addition, and taking it out again gives the original back
-bit for bit.
+Generation costs nothing extra, every use of a weight sees the addition, and removing it restores the original bit for bit.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ _HOME = "_lora"  # attribute of the model that holds its adapters
 class Adapters:
     """The LoRAs of one model, by name, and the original weights of the layers they change.
 
-    Its methods write to the model: no call may be running meanwhile.
+    Methods write to the model: do not call them while it runs.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -34,7 +33,7 @@ class Adapters:
 
     @classmethod
     def inside(cls, model: nn.Module) -> Adapters:
-        """Those of `model`, new ones if it has none. They belong to it, so pipelines that share it agree about them."""
+        """The adapters of `model`, created if it has none. They are stored on the model, so pipelines that share it share them."""
         adapters = adapters_of(model)
         if adapters is None:
             adapters = cls(model)
@@ -43,11 +42,11 @@ class Adapters:
 
     @property
     def names(self) -> list[str]:
-        """All that are loaded, in that order."""
+        """Names of the loaded adapters, in loading order."""
         return list(self._adapters)
 
     def add(self, name: str | None, adapter: Adapter) -> str:
-        """Take in an adapter and use it, with weight 1, beside those in use; returns its name."""
+        """Add an adapter with weight 1 beside the active ones; returns its name."""
         self._refuse_fused("loading another LoRA")
         name = f"default_{len(self._adapters)}" if name is None else name
         if name in self._adapters:
@@ -59,7 +58,7 @@ class Adapters:
         return name
 
     def use(self, weights: Mapping[str, float]) -> None:
-        """Exactly these adapters, each times its weight; the others stay loaded."""
+        """Activate exactly these adapters, each times its weight; the others stay loaded."""
         self._refuse_fused("set_adapters")
         if unknown := [name for name in weights if name not in self._adapters]:
             raise ValueError(
@@ -70,21 +69,21 @@ class Adapters:
         self._use(dict(weights))
 
     def fuse(self, scale: float) -> None:
-        """Multiply by `scale` and fix the result, until `unfuse`."""
+        """Multiply all adapters by `scale` and freeze the result until `unfuse`."""
         self._refuse_fused("fuse_lora")
         check_scale("lora_scale", scale)
         self._write(self.model, scale)
         self.fused = True
 
     def unfuse(self) -> None:
-        """Back to adapters that can be changed, at scale 1."""
+        """Make adapters changeable again, at scale 1."""
         if not self.fused:
             raise ValueError("no LoRA is fused")
         self.fused = False
         self._write(self.model, 1.0)
 
     def remove(self) -> None:
-        """The original weights, bit for bit."""
+        """Restore the original weights, bit for bit."""
         self._use({})
 
     def at(self, scale: float) -> nn.Module:
@@ -118,7 +117,7 @@ class Adapters:
             _owner(model, layer).weight = self._merged(layer, original, _weight(model, layer), scale)
 
     def _merged(self, layer: str, original: nn.Parameter, place: Tensor, scale: float) -> nn.Parameter:
-        """The layer's weight where and in the dtype in which `place`, its present one, is."""
+        """The layer's merged weight, on the device and in the dtype of `place`, its current one."""
         parts = [
             (scale * weight, self._adapters[name][layer])
             for name, weight in self.weights.items()
@@ -135,12 +134,12 @@ class Adapters:
 
 
 def adapters_of(model: nn.Module) -> Adapters | None:
-    """The LoRAs in `model`, None if there are none."""
+    """The adapters of `model`, or None."""
     return getattr(model, _HOME, None)
 
 
 def settle(model: nn.Module) -> None:
-    """Forget the LoRAs in `model`; the weights stay as they are now, and the way back is gone."""
+    """Drop the adapters and originals of `model`; its weights stay merged."""
     if hasattr(model, _HOME):
         delattr(model, _HOME)
 
@@ -162,7 +161,7 @@ def _weight(model: nn.Module, layer: str) -> nn.Parameter:
 
 
 def _shallow_copy(module: nn.Module) -> nn.Module:
-    """Other modules with the same parameters and buffers: replacing one of these leaves the original alone."""
+    """New modules that share parameters and buffers: replacing one leaves the original unchanged."""
     twin = copy.copy(module)
     twin._parameters = dict(module._parameters)
     twin._modules = {

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sana_sprint.controls import Picture, check_kind, condition_for
+from sana_sprint.controls import Picture, check_kind, control_picture_for
 from sana_sprint.images import to_pil
 from sana_sprint.models.autoencoder import AutoencoderDC
 from sana_sprint.models.controlnet import ControlContext, SanaControlNetModel
@@ -53,7 +53,9 @@ class ControlInput:
             )
         conditions = torch.cat(
             [
-                condition_for(picture, self.kind, plan.size, thickness=self.thickness, device=self.vae.device)
+                control_picture_for(
+                    picture, self.kind, plan.size, thickness=self.thickness, device=self.vae.device
+                )
                 for picture in self.pictures
             ]
         )

@@ -38,7 +38,7 @@ class SanaSprintControlNetPipeline(SanaSprintPipeline):
     A call has the arguments of `SanaSprintPipeline`, and these, by name:
         image: the picture to follow, as a PIL picture or the path of a file: one for all, one per prompt, or one per image
             (each prompt's images together). It is scaled to cover the requested size and cropped around its centre.
-        kind: its conversion, see `controls.condition`: "scribble" for a drawing, "canny" or "softedge" for the edges
+        kind: its conversion, see `controls.control_picture`: "scribble" for a drawing, "canny" or "softedge" for the edges
             of a picture, or with controlnet-aux "hed", "depth" and more. None: it is a condition already.
         thickness: of a scribble's lines, in pixels of the model; None keeps them as drawn.
         controlnet_conditioning_scale: how strictly to follow, from 0 (not at all, bit for bit) up.

@@ -1,4 +1,4 @@
-"""Weights as codes and scales: what each preset stores, and how it is undone."""
+"""Storage of quantised weights as codes and scales: encoding and decoding for each preset."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def storage(preset: str, outputs: int, inputs: int) -> tuple[tuple[int, int], to
     kind = PRESETS[preset].codes
     if kind == "int4":
         return (outputs, inputs // 2), torch.uint8, (outputs, inputs // group_size(inputs))
-    # fp8 is kept as bytes: a float would be cast by `.to(dtype)` and by whoever loads a file in another dtype.
+    # fp8 is kept as bytes: a float would be cast by `.to(dtype)` and when a file is loaded in another dtype.
     return (outputs, inputs), torch.int8 if kind == "int8" else torch.uint8, (outputs, 1)
 
 
@@ -83,7 +83,7 @@ def encode(weight: Tensor, preset: str) -> tuple[Tensor, Tensor]:
 
 
 def decode(codes: Tensor, scale: Tensor, preset: str) -> Tensor:
-    """The weight (outputs, inputs) that codes and scales stand for, in the scales' dtype."""
+    """The dequantised weight (outputs, inputs), in the scales' dtype."""
     kind = PRESETS[preset].codes
     if kind == "int8":
         return codes.to(scale.dtype) * scale
@@ -95,7 +95,7 @@ def decode(codes: Tensor, scale: Tensor, preset: str) -> Tensor:
 
 @cache
 def _pairs(preset: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The two levels that each byte stands for, (256,2): one look-up for two codes."""
+    """The two levels encoded by each byte, (256,2): one look-up for two codes."""
     levels = torch.tensor(PRESETS[preset].levels, dtype=dtype, device=device)
     byte = torch.arange(256, device=device)
     return torch.stack([levels[byte & 15], levels[byte >> 4]], dim=1)
@@ -111,7 +111,7 @@ def _encode_4_bits(wide: Tensor, levels: tuple[float, ...]) -> tuple[Tensor, Ten
 
 
 def _round_up(scale: Tensor) -> Tensor:
-    """The next number that bf16 can hold; never 0, so that codes of a row of zeros are defined."""
+    """Rounded up to a value representable in bf16; never 0, so that codes of a row of zeros are defined."""
     scale = scale.clamp_min(torch.finfo(torch.float16).tiny)
     rounded = scale.bfloat16().float()
     return torch.where(rounded < scale, (scale * (1 + 2**-7)).bfloat16().float(), rounded)

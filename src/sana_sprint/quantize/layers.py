@@ -1,4 +1,4 @@
-"""Layers that hold codes in place of weights."""
+"""Linear and convolution layers with quantised weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sana_sprint.quantize.matmul import fp8_rows, int8_convolution, int8_rows
 
 
 class QuantizedLayer(nn.Module):
-    """Codes and scales under a layer's name, of a weight of `shape`; the scale's dtype is the layer's.
+    """A layer with codes and scales instead of a weight of `shape`; the scale's dtype is the layer's.
 
     A file holds `codes`, `scale` and, if the layer has one, `bias`.
     """
@@ -24,7 +24,7 @@ class QuantizedLayer(nn.Module):
     scale: Tensor
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, preset: str) -> None:
-        """Unset codes for a layer like this one; see `of`."""
+        """Uninitialised codes for a layer of the same shape; see `of`."""
         super().__init__()
         weight = layer.weight
         self.preset = preset
@@ -37,7 +37,7 @@ class QuantizedLayer(nn.Module):
 
     @classmethod
     def of(cls, layer: nn.Linear | nn.Conv2d, preset: str) -> Self:
-        """The layer, quantised."""
+        """A quantised copy of the layer."""
         quantized = cls(layer, preset)
         codes, scale = encode(layer.weight.detach().flatten(1), preset)
         quantized.codes = codes
@@ -46,7 +46,7 @@ class QuantizedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """What codes and scales stand for, made anew at each access."""
+        """The dequantised weight, computed at each access."""
         return decode(self.codes, self.scale, self.preset).view(self.shape)
 
     def extra_repr(self) -> str:
@@ -66,18 +66,18 @@ class QuantizedLayer(nn.Module):
         return out.view(*x.shape[:-1], -1)
 
     def packed(self, pack: Callable[[Tensor], Tensor]) -> Tensor:
-        """The codes in the order that a kernel reads them in, made once for as long as they stay where they are."""
+        """The codes in the memory order of a kernel, packed once and again when they have moved."""
         place = self.codes.data_ptr()
         if self._packed is None or self._packed[0] != place:
             self._packed = place, pack(self.codes)
         return self._packed[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": None}  # opaque tensors, which can be neither copied nor pickled
+        return {**self.__dict__, "_packed": None}  # opaque tensors can be neither copied nor pickled
 
 
 class QuantizedLinear(QuantizedLayer):
-    """In place of `nn.Linear`, and of the transformer's 1x1 convolutions, which act on tokens."""
+    """Replaces `nn.Linear`, and the transformer's 1x1 convolutions, which act on tokens."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) -> (..., outputs)."""
@@ -85,7 +85,7 @@ class QuantizedLinear(QuantizedLayer):
 
 
 class QuantizedConv2d(QuantizedLayer):
-    """In place of a convolution without groups or dilation, (B,C,H,W) -> (B,outputs,H',W')."""
+    """Replaces a convolution without groups or dilation, (B,C,H,W) -> (B,outputs,H',W')."""
 
     def __init__(self, layer: nn.Conv2d, preset: str) -> None:
         super().__init__(layer, preset)
@@ -95,7 +95,7 @@ class QuantizedConv2d(QuantizedLayer):
         return self.convolve(x, self.padding)
 
     def convolve(self, x: Tensor, padding: Sequence[int]) -> Tensor:
-        """`forward` with other zeros around x."""
+        """`forward` with another zero padding."""
         if self.shape[2:] == (1, 1):  # a map of pixels, each rounded on its own
             return self.rows(x.movedim(1, -1)).movedim(-1, 1)
         if self.preset != "int8":
@@ -108,7 +108,7 @@ class QuantizedConv2d(QuantizedLayer):
 
 
 class QuantizedPhases(QuantizedConv2d):
-    """In place of the convolution of `UpBlock` and of the repeated pixels before it: of `upsampling.phase_convolution`.
+    """Replaces the convolution of `UpBlock` and the repeated pixels before it: of `upsampling.phase_convolution`.
 
     The kernels of the phases rather than the one they are sums of: rounded once, and without its weight `UpBlock` would
     convolve the large grid, in 9/4 of the operations.

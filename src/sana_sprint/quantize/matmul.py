@@ -1,7 +1,7 @@
-"""Products of rounded activations with rounded weights, on the units that the device has for them.
+"""Matrix products and convolutions of rounded activations with rounded weights, on the device's 8-bit units.
 
-Activations are rounded per row (token or pixel) or per picture, never over a batch: what a picture becomes does not
-depend on its neighbours.
+Activations are rounded per row (token or pixel) or per picture, never over a batch: a picture does not depend on its
+neighbours.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def int8_rows(
 
 
 def _int8_rows(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    """By the product that torch has on every device."""
+    """With the int8 product that torch has on every device."""
     few = _FEWEST_ROWS - len(x)
     x, rows = (F.pad(x, (0, 0, 0, few)) if few > 0 else x), len(x)
     if _has_kernels(x):
@@ -52,7 +52,7 @@ def _int8_rows(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
 
 
 def _step(x: Tensor, largest: float) -> Tensor:
-    """What each row is divided by, (M,1) fp32."""
+    """The divisor of each row, (M,1) fp32."""
     return _largest(x).clamp_min(_TINY) / largest
 
 
@@ -73,7 +73,7 @@ def _has_triton() -> bool:
 
 
 def _cpu_rows(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """Rounded, and scaled back, in pieces that stay in a core's cache: see `models.frugal`."""
+    """Rounds and rescales in pieces that stay in a core's cache: see `models.frugal`."""
     rounded = torch.empty(x.shape, dtype=torch.uint8)
     steps = torch.empty(len(x), 1, dtype=scale.dtype)
     for rows in pieces(x):

@@ -1,6 +1,6 @@
-"""Which layers of a model are quantised, and which devices can run them.
+"""Quantisation of a model: the layers that are replaced, and the devices that can run them.
 
-What stays as it is: time and guidance embedding, patch embedding, caption projection, `proj_out` and norms of the
+Not quantised: time and guidance embedding, patch embedding, caption projection, `proj_out` and norms of the
 transformer; Gemma's embedding table and norms; the first and last convolution of the decoder, its depthwise ones and the
 encoder. They are a small part of the work and a large part of the error; `benchmarks/quantized.py --sensitive` measures it.
 Where only weights are rounded, the decoder's convolutions of repeated pixels stay too: there are more numbers in their
@@ -45,13 +45,13 @@ def quantize_model(model: nn.Module, component: str, preset: str) -> None:
 
 
 def make_quantized(model: nn.Module, component: str, preset: str) -> None:
-    """As `quantize_model`, with codes that are unset: for a file to fill."""
+    """As `quantize_model`, with uninitialised codes, to be loaded from a file."""
     _check_preset(preset)
     _replace(model, component, preset, lambda kind, layer: kind(layer, preset))
 
 
 def check_device(preset: str, component: str, device: torch.device) -> None:
-    """Raise ValueError, saying what would do, if `device` cannot run `component` in this preset."""
+    """Raise ValueError, naming the presets that work, if `device` cannot run `component` in this one."""
     _check_preset(preset)
     if reason := _why_not(preset, component, device):
         able = [name for name in PRESETS if _why_not(name, component, device) is None]
@@ -92,7 +92,7 @@ def _replace(
 ) -> None:
     if component not in PARTS:
         raise ValueError(f"{component} cannot be quantised; components that can: {', '.join(PARTS)}")
-    multiple = 16 if preset == "fp8" else 8  # what the kernels can do, and what 4-bit codes need to be packed
+    multiple = 16 if preset == "fp8" else 8  # required by the kernels, and for packing 4-bit codes
     found = {
         name: (kind, layer)
         for name, layer in model.named_modules()
@@ -116,7 +116,7 @@ def _replace(
 def _kind(
     model: nn.Module, name: str, layer: nn.Linear | nn.Conv2d, component: str, preset: str
 ) -> type[QuantizedLayer] | None:
-    """What takes the layer's place; None where it stays."""
+    """The class that replaces the layer; None where it stays."""
     prefix, exceptions = PARTS[component]
     if not name.startswith(prefix) or any(f"{name}.".startswith(f"{it}.") for it in exceptions):
         return None
@@ -133,5 +133,5 @@ def _kind(
 
 
 def _fits(layer: nn.Linear | nn.Conv2d, multiple: int) -> bool:
-    """Whether a layer's outputs and the products of each are multiples of what kernels take."""
+    """Whether the number of outputs, and of products per output, are multiples of `multiple`."""
     return layer.weight.shape[0] % multiple == 0 and layer.weight[0].numel() % multiple == 0

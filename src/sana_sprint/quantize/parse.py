@@ -1,6 +1,6 @@
-"""What users write for quantisation -> preset per component.
+"""Parses a user's quantisation request into a preset per component.
 
-Objects of transformers and diffusers are known by their fields, so neither library is imported.
+Config objects of transformers and diffusers are recognised by their fields, so neither library is imported.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 from sana_sprint.quantize.formats import PRESETS
 
-# Where one setting for the whole pipeline goes: a decoder, whose errors are seen at once, has to be named.
+# Components that a single setting applies to; the decoder, whose errors are visible at once, must be named.
 BY_DEFAULT = ("transformer", "text_encoder")
 TORCHAO = {
     "Int8WeightOnlyConfig": "int8-weights",
@@ -25,13 +25,13 @@ TORCHAO = {
 
 
 def parse_request(request: Any, components: Iterable[str]) -> dict[str, str]:
-    """Component -> preset.
+    """The preset of each component in a request.
 
     Args:
         request: None; a preset's name or a config object, for the transformer and the text encoder; a mapping of
             component to either (None leaves it as it is); or a PipelineQuantizationConfig. Config objects are
-            BitsAndBytesConfig and TorchAoConfig, of transformers or diffusers: their format is taken, the computing is
-            ours. bitsandbytes' 8 bits become "int8-weights", which rounds no activations.
+            BitsAndBytesConfig and TorchAoConfig, of transformers or diffusers: only their format is used, the arithmetic
+            is this package's. bitsandbytes' 8 bits become "int8-weights", which rounds no activations.
         components: those the pipeline has.
 
     Raises:
@@ -64,7 +64,9 @@ def _preset(value: Any) -> str:
     kind = type(value).__name__
     skipped = getattr(value, "llm_int8_skip_modules", None) or getattr(value, "modules_to_not_convert", None)
     if skipped:
-        raise ValueError(f"{kind} excludes layers ({', '.join(skipped)}); here the preset decides which are")
+        raise ValueError(
+            f"{kind} excludes layers ({', '.join(skipped)}); here the preset decides which layers are quantised"
+        )
     if getattr(value, "load_in_8bit", False):
         return "int8-weights"
     if getattr(value, "load_in_4bit", False):

@@ -1,4 +1,4 @@
-"""Rounding rows to 8 bits, and undoing it, in one pass over memory each on a GPU; needs Triton.
+"""Triton kernels that round rows to 8 bits and rescale sums, each in one pass over memory.
 
 Plain operations read and write a tensor six times for this, which takes longer than the products save.
 """
@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# 1.5 * 2^23: adding it and taking it off rounds fp32 to whole numbers, ties to even.
+# 1.5 * 2^23: adding and subtracting it rounds fp32 to whole numbers, ties to even.
 _MAGIC = tl.constexpr(12582912.0)
 
 

@@ -1,4 +1,4 @@
-"""What the files of a model folder are called, and its small JSON files."""
+"""File names of a model folder, and its small JSON files."""
 
 import json
 import os
@@ -20,7 +20,7 @@ _VARIANT = re.compile(r"[A-Za-z0-9_-]+")
 _WEIGHT_FILE = re.compile(
     rf"(?P<stem>{'|'.join(STEMS)})(?:\.(?P<variant>[\w-]+?))?(?:-\d{{5}}-of-\d{{5}}(?:\.(?P<older>[\w-]+))?)?\.safetensors"
 )
-# What a broken download leaves under a file's name, by its first bytes.
+# Contents that a failed download leaves under a file's name, by their first bytes.
 _IMPOSTORS = (
     (b"version https://git-lfs", "a git-lfs pointer, not the file itself: run `git lfs pull` in its folder"),
     (b"<", "a web page, not the file itself: the download got an error or a login page"),
@@ -83,7 +83,7 @@ def first_few(names: Iterable[str]) -> str:
 
 
 def impostor(path: Path) -> str | None:
-    """What a file that should hold JSON or safetensors is instead, with what to do; None if it is not known."""
+    """Describes a file that should hold JSON or safetensors but does not, and the remedy; None if it is not recognised."""
     with path.open("rb") as file:
         head = file.read(32)
     return next((what for start, what in _IMPOSTORS if head.startswith(start)), None)

@@ -1,4 +1,4 @@
-"""Names to folders: the embedded model, a folder on this machine, or a model of the Hugging Face Hub."""
+"""Resolves a model's name: the embedded model, a folder on this machine, or a model of the Hugging Face Hub."""
 
 import os
 import re
@@ -38,7 +38,7 @@ def resolve_folder(
     `cache_dir`, `token` and `local_files_only` are huggingface_hub's.
 
     Raises `WeightsError`: no such name or folder, a revision for something that is not on the Hub, a variant that
-    no component has, or a download that failed (offline, not found, gated), with the reason and what to do.
+    no component has, or a download that failed (offline, not found, gated), with the reason and the remedy.
     """
     check_variant(variant)
     is_name = isinstance(name_or_path, str)
@@ -156,7 +156,7 @@ def _parts_without(variant: str, folder: Path, repo_id: str) -> list[str]:
 
 
 def _hub_failure(repo_id: str, revision: str | None, error: Exception) -> str:
-    """One line for what went wrong with a download, with what the user can do about it."""
+    """One line on why a download failed, and the remedy."""
     from huggingface_hub import errors
 
     what = f"{repo_id} (revision {revision})" if revision else repo_id

@@ -1,4 +1,4 @@
-"""model_index.json: which class each subfolder of a pipeline folder is for."""
+"""model_index.json: the class of each subfolder of a pipeline folder."""
 
 import os
 import tempfile
@@ -16,7 +16,7 @@ MODEL_INDEX_NAME = "model_index.json"
 class ModelIndex:
     """The content of a model_index.json.
 
-    `components` maps a subfolder's name to (library, class name), or to None for a part the pipeline does without;
+    `components` maps a subfolder's name to (library, class name), or to None for a component that the pipeline does not have;
     `options` are the file's other fields.
     """
 

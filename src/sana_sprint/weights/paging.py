@@ -1,7 +1,7 @@
-"""Giving weights that lie in mapped files back to the system, which reads them again when they are touched.
+"""Releases the memory of weights in mapped files; the system reads them again when they are accessed.
 
-Loaded weights are pages of their files, private and unchanged. Out of the process's memory they stay in the system's
-file cache as long as there is room, so that taking them up again costs page faults and no reading.
+Loaded weights are private, unmodified pages of their files. Released from the process, they stay in the system's file cache
+while there is room, so that the next access costs page faults and no reading.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class _Mapping:
 
 
 def give_back(module: nn.Module) -> int:
-    """Takes the mapped files that hold a module's weights out of memory; returns how many bytes of address space they have.
+    """Releases the pages of the mapped files that hold a module's weights; returns the bytes of address space released.
 
-    Nothing is lost: a file of which as much as one page was written to in memory stays, and so do weights that were
-    cast, moved or made. Linux only; elsewhere nothing happens. A module in use just reads its pages again.
+    Nothing is lost: a file with a page modified in memory stays, and so do weights that were cast, moved or created.
+    Linux only, a no-op elsewhere. A module in use reads its pages again.
     """
     if not sys.platform.startswith("linux") or not _SMAPS.exists():
         return 0
@@ -50,7 +50,7 @@ def give_back(module: nn.Module) -> int:
 
 
 def _mappings(smaps: str) -> Iterator[_Mapping]:
-    """The mappings that a /proc/PID/smaps lists: see proc_pid_smaps(5)."""
+    """The mappings listed in a /proc/PID/smaps: see proc_pid_smaps(5)."""
     header: list[str] = []
     kib: dict[str, int] = {}
     for line in [*smaps.splitlines(), "0-0 end"]:

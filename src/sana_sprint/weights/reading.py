@@ -1,4 +1,4 @@
-"""A model from its folder: whole and checked, or one clear error."""
+"""Loads a model from its folder: complete and checked, or one clear error."""
 
 import json
 import os
@@ -39,7 +39,7 @@ ModelT_co = TypeVar("ModelT_co", bound=nn.Module, covariant=True)
 
 
 class ModelClass(Protocol[ModelT_co]):
-    """What a class of `sana_sprint.models` offers to be read and written here."""
+    """A model class that can be loaded and saved: its published name and its config."""
 
     @property
     def published_class_name(self) -> str: ...  # `_class_name` in config.json
@@ -56,7 +56,7 @@ def load_model(
     device: str | torch.device = "cpu",
     variant: str | None = None,
 ) -> ModelT_co:
-    """The model in `folder`, whole and in eval mode, or a `WeightsError`.
+    """The model in `folder`, complete and in eval mode, or a `WeightsError`.
 
     Floating-point tensors are cast to `dtype` one by one (None keeps the file's types). Where neither type nor device
     changes, parameters are copy-on-write views of the memory-mapped file: loading reads nothing yet, and changing a

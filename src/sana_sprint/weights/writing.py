@@ -1,4 +1,4 @@
-"""A model to its folder: shards, variants, and no moment in which a reader could see half of it."""
+"""Saves a model to its folder, in shards and variants; a reader never sees a partial model."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def save_model(
         for file, keys in files.items():
             tensors = {key: _cast(state[key], dtype, "cpu").contiguous() for key in keys}
             save_file(tensors, scratch / file, metadata={"format": "pt"})
-            # safetensors lets only the owner read its files; as readable as any other file is what a model needs.
+            # safetensors lets only the owner read its files; a model should be as readable as other files.
             (scratch / file).chmod((scratch / CONFIG_NAME).stat().st_mode & 0o777)
         if index is not None:
             write_json(scratch / index_names(variant)[0], index)

@@ -62,7 +62,7 @@ class ImageRequest:
     n: pictures, from 1 up.
     height, width: pixels; None for the model's native side.
     image: a sketch or other condition, uint8 (H,W,3) of any size, for models with a ControlNet.
-    control_kind: what to make of `image`, see `controls.condition`.
+    control_kind: what to make of `image`, see `controls.control_picture`.
     control_scale: how closely to follow `image`, from 0 up.
 
     Raises ValueError for anything else, before a job exists. Limits (how large, how many) are the server's business.

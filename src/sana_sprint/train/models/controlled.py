@@ -210,7 +210,7 @@ def _of_kind(kind: str) -> MakeCondition:
     def make(pixels: np.ndarray, position: int) -> np.ndarray:
         height, width = pixels.shape[:2]
         try:
-            condition = controls.condition(Image.fromarray(pixels), kind, height, width)
+            condition = controls.control_picture(Image.fromarray(pixels), kind, height, width)
         except controls.BlankPictureError:  # an even picture has no lines, and a branch may see that
             return np.zeros_like(pixels)
         return np.asarray(to_pil(condition)[0])
