@@ -93,15 +93,11 @@ def check_finite(tensor: Tensor, stage: str) -> Tensor:
     Inside `finite_checks_later`, a tensor on CUDA is returned unchecked.
     """
     checks = _LATER.get()
-    if checks is not None and _computes_later(tensor):
+    if checks is not None and tensor.is_cuda:
         checks.append(_Check.of(tensor, stage))
     elif not bool(torch.isfinite(tensor).all()):
         _Check.of(tensor, stage).verify()
     return tensor
-
-
-def _computes_later(tensor: Tensor) -> bool:
-    return tensor.is_cuda
 
 
 @contextmanager
