@@ -60,6 +60,11 @@ class PromptEmbeddings:
         """Tokens of each row, the row sums of `mask`. Waits for the device."""
         return tuple(self.mask.sum(1).tolist())
 
+    @property
+    def truncated(self) -> tuple[bool, ...]:
+        """Per prompt, whether its end was cut off."""
+        return tuple(lost > 0 for lost in self.lost_tokens)
+
     def repeat(self, count: int) -> PromptEmbeddings:
         """Each row `count` times in succession."""
         embeds, mask = (x.repeat_interleave(count, dim=0) for x in (self.embeds, self.mask))
