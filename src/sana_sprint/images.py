@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
+from sana_sprint import __version__
 from sana_sprint.resolutions import cover
 
 SETTINGS_KEY = "sana_sprint"  # PNG text chunk with the settings as JSON
@@ -141,6 +142,42 @@ def save_png(
     info.add_itxt(SETTINGS_KEY, json.dumps(settings, ensure_ascii=False))
     info.add_itxt(INFOTEXT_KEY, infotext(settings))
     picture.save(file, format="PNG", pnginfo=info)
+
+
+def picture_settings(
+    *,
+    prompt: str,
+    seed: int,
+    num_inference_steps: int,
+    guidance_scale: float | None,
+    times: Sequence[float],
+    sizes: Mapping[str, int],
+    model: str,
+    dtype: str,
+    control: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """How to make a picture again, for `save_png`.
+
+    Args:
+        prompt, seed, num_inference_steps, times: of the pipeline's call; `times` are angles, from the first to 0.
+        guidance_scale: None for a model that has none.
+        sizes: `width` and `height` of the picture, `model_width` and `model_height` before it was resized, in pixels.
+        model: its name.
+        dtype: of the transformer, such as "bfloat16".
+        control: the arguments about a picture that was followed.
+    """
+    return {
+        "prompt": prompt,
+        "seed": seed,
+        "num_inference_steps": num_inference_steps,
+        **({} if guidance_scale is None else {"guidance_scale": guidance_scale}),
+        **(control or {}),
+        "times": list(times),
+        **sizes,
+        "model": model,
+        "dtype": dtype,
+        "version": f"sana-sprint {__version__}",
+    }
 
 
 def read_settings(picture: Image.Image) -> dict[str, Any] | None:

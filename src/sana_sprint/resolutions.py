@@ -10,6 +10,7 @@ import functools
 import operator
 from dataclasses import dataclass
 
+PIXELS_AT_ONCE = 2**20  # in one call: what a picture of 1024 px needs, several smaller ones may take
 BUCKET_UNITS = 16  # sides in the tables below are sixteenths of the native side
 
 # Height and width of the buckets that are wide or square; the tall ones are the same transposed. These are the
@@ -54,6 +55,12 @@ class ResizeCrop:
     width: int
     top: int
     left: int
+
+
+def pictures_at_once(pixels: int, most: int | None = None) -> int:
+    """How many pictures of `pixels` each fit into one call: as many pixels as one of 1024 px has, and at most `most`."""
+    count = max(1, PIXELS_AT_ONCE // pixels)
+    return count if most is None else min(count, most)
 
 
 @functools.cache

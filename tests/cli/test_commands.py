@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 import sana_sprint
+from sana_sprint import resolutions
 from sana_sprint.cli import COMMANDS, common, drawing, generate, loading
 from sana_sprint.cli.pictures import MAX_SLUG_BYTES, slug
 from sana_sprint.images import INFOTEXT_KEY, read_settings
@@ -236,7 +237,7 @@ def test_many_pictures_take_several_calls(monkeypatch):
         return whole(self, prompt, **arguments)
 
     monkeypatch.setattr(SanaSprintPipeline, "__call__", counted)
-    monkeypatch.setattr(drawing, "PIXELS_PER_CALL", 3 * 32 * 32)
+    monkeypatch.setattr(resolutions, "PIXELS_AT_ONCE", 3 * 32 * 32)
     report = drawn("a cat", "dogs", "-n", 4, "--seed", 0)
     assert sizes == [3, 3, 2]
     assert report["seeds"] == list(range(8))

@@ -146,3 +146,34 @@ def test_wrong_calls_are_refused_before_a_model_is_loaded(
 ) -> None:
     monkeypatch.setenv("SANA_SPRINT_MODEL", "no-such-model")
     assert_refused(call("control", PROMPT, *arguments), 2, *words)
+
+
+def test_generate_follows_a_picture_in_the_same_way() -> None:
+    arguments = (PROMPT, "--image", "left.png", "--kind", "canny", "--scale", 0.7, "--end", 0.5, "-s", 1)
+    assert pixels(drawn(*arguments, "-o", "one")["files"][0]).tolist() == (
+        pixels(json.loads(succeed("generate", *arguments, "-o", "two", "--json"))["files"][0]).tolist()
+    )
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--kind", "canny"),
+        ("--thickness", 3),
+        ("--preview", "seen.png"),
+        ("--scale", 0),
+        ("--start", 0),
+        ("--end", 1),
+        ("--controlnet", "folder"),
+    ],
+)
+def test_options_about_a_picture_need_one(
+    monkeypatch: pytest.MonkeyPatch, option: tuple[str, object]
+) -> None:
+    monkeypatch.setenv("SANA_SPRINT_MODEL", "no-such-model")
+    assert_refused(call("generate", PROMPT, *option), 2, option[0], "--image is missing")
+
+
+def test_both_commands_have_the_same_options() -> None:
+    helps = [succeed(command, "--help") for command in ("generate", "control")]
+    assert len({text[text.index("Arguments:") :] for text in helps}) == 1

@@ -258,6 +258,12 @@ def test_wrong_calls_are_explained(arguments, words, tmp_path, monkeypatch) -> N
     assert_refused(result, 1 if arguments[0] == "clip" else 2, *words)
 
 
+def test_where_the_emoji_judge_is_missing_it_is_said_where_it_is(monkeypatch, tmp_path) -> None:
+    monkeypatch.setitem(sys.modules, "recipes.emoji.judge", None)  # as where only the package is installed
+    result = call("evaluate", "compositional", "--model", tmp_path / "absent")
+    assert_refused(result, 2, "recipes.emoji.judge cannot be imported", "checkout", "--judge")
+
+
 def test_without_a_command_it_says_what_there_is() -> None:
     assert succeed("evaluate") == succeed("evaluate", "--help")
     assert all(f"  {name} " in succeed("evaluate") for name in ("compositional", "fid", "clip"))

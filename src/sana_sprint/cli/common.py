@@ -1,10 +1,11 @@
-"""What commands share: how they fail, and the pipeline that the user asked for."""
+"""What commands share: how they report failures, the terminal, and checks of arguments."""
 
 from __future__ import annotations
 
 import difflib
 import os
 import re
+import sys
 import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
@@ -113,6 +114,11 @@ def _explained_call(error: Any) -> tuple[str, str, int]:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
+
+
+def import_from_here() -> None:
+    """Let modules of the current folder be imported, as `python script.py` does: data sources and judges are the user's."""
+    sys.path.insert(0, os.getcwd())
 
 
 def console() -> Console:

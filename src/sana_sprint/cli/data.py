@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sana_sprint.cli.common import CommandError, checked, console
+from sana_sprint.cli.common import CommandError, checked, console, import_from_here
 
 if TYPE_CHECKING:
     from sana_sprint.train.data.check import Check, Spread
@@ -90,7 +89,7 @@ def prune(
         lambda: [load_config(path) for path in keep],
         hint="--keep is a stage file that `sana-sprint train` takes",
     )
-    sys.path.insert(0, os.getcwd())  # as `sana-sprint train` has it: a function is in a module of the user's
+    import_from_here()
     from sana_sprint.train.cache.unused import FOLDERS, unused_files
 
     if not any((folder / name).is_dir() for name in FOLDERS):
@@ -109,7 +108,7 @@ def prune(
 
 
 def _look(source: str, size: int, multiple: int, limit: int | None) -> Check:
-    sys.path.insert(0, os.getcwd())  # as `sana-sprint train` has it: a function is in a module of the user's
+    import_from_here()
     from sana_sprint.train.data.check import check_source
 
     try:

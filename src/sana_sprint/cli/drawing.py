@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.progress import Progress
 
-from sana_sprint import __version__
 from sana_sprint.cli.common import console
+from sana_sprint.resolutions import pictures_at_once
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from sana_sprint.pipelines.output import SanaSprintOutput
     from sana_sprint.pipelines.text_to_image import SanaSprintPipeline
 
-# Pictures are drawn together as long as they need no more memory than one of 1024 px.
-PIXELS_PER_CALL = 2**20
 MAX_PICTURES_PER_CALL = 8  # so that the first results come before long
 
 
@@ -39,21 +37,20 @@ class Drawn:
 
     def settings(self, model: str) -> dict[str, Any]:
         """How to make it again, for the PNG file."""
+        from sana_sprint.images import picture_settings
+
         output = self.output
-        return {
-            "prompt": self.prompt,
-            "seed": self.seed,
-            "num_inference_steps": output.num_inference_steps,
-            **({} if output.guidance is None else {"guidance_scale": output.guidance[0]}),
-            "times": list(output.times),
-            "width": output.width,
-            "height": output.height,
-            "model_width": output.model_width,
-            "model_height": output.model_height,
-            "model": model,
-            "dtype": output.dtype,
-            "version": f"sana-sprint {__version__}",
-        }
+        names = ("width", "height", "model_width", "model_height")
+        return picture_settings(
+            prompt=self.prompt,
+            seed=self.seed,
+            num_inference_steps=output.num_inference_steps,
+            guidance_scale=None if output.guidance is None else output.guidance[0],
+            times=output.times,
+            sizes={name: getattr(output, name) for name in names},
+            model=model,
+            dtype=output.dtype,
+        )
 
 
 def draw(
@@ -74,7 +71,7 @@ def draw(
     arguments = dict(arguments)
     if not pipeline.transformer.config.guidance_embeds:
         arguments.setdefault("guidance_scale", None)
-    at_once = _pictures_per_call(pipeline)
+    at_once = pictures_at_once(pipeline.native_size**2, MAX_PICTURES_PER_CALL)
     for start in range(0, len(jobs), at_once):
         part = jobs[start : start + at_once]
         prompts = list(dict.fromkeys(prompt for prompt, _ in part))
@@ -100,11 +97,6 @@ def draw(
 
 def _pass_on(on_progress: Callable[[int], None], count: int, *_: object) -> None:
     on_progress(count)
-
-
-def _pictures_per_call(pipeline: SanaSprintPipeline) -> int:
-    side = pipeline.native_size
-    return max(1, min(MAX_PICTURES_PER_CALL, PIXELS_PER_CALL // side**2))
 
 
 def progress_bar() -> Progress:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sana_sprint.cli import options
-from sana_sprint.cli.common import UsageError, checked
+from sana_sprint.cli.common import UsageError, checked, import_from_here
 from sana_sprint.cli.drawing import progress_bar
 from sana_sprint.cli.loading import ModelOptions, choose_device, load_pipeline
 
@@ -36,6 +34,12 @@ class Space(StrEnum):
     INCEPTION = "inception"
 
 
+# In the repository, not in the installed package: it belongs to the recipe.
+EMOJI_JUDGE = "recipes.emoji.judge"
+OWN_JUDGE_HINT = (
+    "the emoji model's judge is in the repository: run this in a checkout, or name a module with --judge"
+)
+JUDGE_HINT = "--judge is the dotted name of a module that can be imported from the current folder"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Pictures, at any depth.")]
@@ -46,7 +50,7 @@ def compositional(
     model: options.Model = "emoji",
     judge: Annotated[
         str, typer.Option(metavar="MODULE", help="The judge; looked for in the current folder too.")
-    ] = "recipes.emoji.judge",
+    ] = EMOJI_JUDGE,
     steps: Annotated[
         list[int] | None,
         typer.Option(help="Network evaluations; may be given several times. 1, 2 and 4 if left out."),
@@ -73,11 +77,11 @@ def compositional(
 
     numbers = steps or [1, 2, 4]
     checked(lambda: [schedule(number) for number in numbers], hint="1 to 4 steps are best")
-    sys.path.insert(0, os.getcwd())  # as `python script.py` has it: a judge is a module of the user's
+    import_from_here()
 
     from sana_sprint.evaluate.compositional import draw, import_judge, score, table
 
-    jury = checked(lambda: import_judge(judge), hint="give a module's dotted name that imports from here")
+    jury = checked(lambda: import_judge(judge), hint=OWN_JUDGE_HINT if judge == EMOJI_JUDGE else JUDGE_HINT)
     scenes = jury.evaluation_scenes(count)
     pipeline = load_pipeline(ModelOptions(model, dtype, device))
     rows: dict[str, dict[str, float]] = {}

@@ -9,14 +9,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from sana_sprint.cli import options
 from sana_sprint.cli.common import UsageError, checked, console
+from sana_sprint.cli.control_picture import read_control
 from sana_sprint.cli.drawing import Drawn, draw, print_line, progress_bar
-from sana_sprint.cli.loading import ModelOptions, load_pipeline
+from sana_sprint.cli.loading import ModelOptions, load_control_pipeline, load_pipeline
 from sana_sprint.cli.pictures import check_target, slug, write_picture
 from sana_sprint.cli.prompts import gather_prompts
 
@@ -26,63 +27,30 @@ if TYPE_CHECKING:
 # 8192 x 8192, four times the largest published picture: a slip of the finger must not fill the memory.
 MAX_PIXELS = 2**26
 MAX_IMAGES = 100_000  # of each prompt
-RANDOM_SEED = -1
 SIZE_HINT = "a size is --size 512 or --size 640x480 (width x height), at most 8192x8192 pixels"
 SHOWN_PROMPT = 60  # letters of a prompt in a remark
 
-Prompts = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="PROMPT", help="What to draw. `-`, or nothing and a pipe: each line of stdin."),
-]
-PromptFile = Annotated[
-    Path | None, typer.Option("--file", "-f", metavar="FILE", help="Draw each line of this text file too.")
-]
-Steps = Annotated[int, typer.Option("--steps", help="Network evaluations per picture; 1 to 4 are best.")]
-NumImages = Annotated[int, typer.Option("--num-images", "-n", help="Pictures per prompt.")]
-Seed = Annotated[
-    int, typer.Option("--seed", "-s", help="Picture i, counted from 0, has seed + i. -1: random, and shown.")
-]
-Size = Annotated[
-    str | None, typer.Option("--size", metavar="N|WxH", help="In pixels; the model's own if left out.")
-]
-Output = Annotated[
-    Path,
-    typer.Option(
-        "--output",
-        "-o",
-        metavar="FOLDER|FILE.png",
-        help="A folder (made if absent, no file in it is replaced), or the file of a single picture.",
-    ),
-]
-Guidance = Annotated[
-    float | None,
-    typer.Option(
-        "--guidance", "-g", help="How closely to follow the prompt; 4 to 5 are best, 4.5 if left out."
-    ),
-]
-MaxTimesteps = Annotated[
-    float | None, typer.Option("--max-timesteps", help="First time, an angle up to 1.5708 (pure noise).")
-]
-IntermediateTimesteps = Annotated[
-    float | None, typer.Option("--intermediate-timesteps", help="Second of two times; 1.3 if left out.")
-]
-CleanCaption = Annotated[
-    bool, typer.Option("--clean-caption", help="Take links, markup and the like out of prompts from the web.")
-]
-
 
 def generate(
-    prompts: Prompts = None,
-    file: PromptFile = None,
+    prompts: options.Prompts = None,
+    file: options.PromptFile = None,
     model: options.Model = "emoji",
-    steps: Steps = 2,
-    num_images: NumImages = 1,
-    seed: Seed = RANDOM_SEED,
-    size: Size = None,
-    output: Output = Path("out"),
-    guidance: Guidance = None,
-    max_timesteps: MaxTimesteps = None,
-    intermediate_timesteps: IntermediateTimesteps = None,
+    steps: options.Steps = 2,
+    num_images: options.NumImages = 1,
+    seed: options.Seed = options.RANDOM_SEED,
+    size: options.Size = None,
+    output: options.Output = Path("out"),
+    guidance: options.Guidance = None,
+    max_timesteps: options.MaxTimesteps = None,
+    intermediate_timesteps: options.IntermediateTimesteps = None,
+    image: options.ImageFile = None,
+    kind: options.Kind = None,
+    thickness: options.Thickness = None,
+    preview: options.Preview = None,
+    scale: options.Scale = None,
+    start: options.Start = None,
+    end: options.End = None,
+    controlnet: options.ControlNet = None,
     dtype: options.DtypeOption = options.Dtype.AUTO,
     device: options.Device = "auto",
     vae_tiling: options.VaeTiling = False,
@@ -90,19 +58,39 @@ def generate(
     lora: options.Lora = None,
     quantize: options.Quantize = "",
     fast: options.Fast = False,
-    clean_caption: CleanCaption = False,
+    clean_caption: options.CleanCaption = False,
     as_json: options.Json = False,
 ) -> None:
-    """Draw pictures of one or more prompts.
+    """Draw pictures of one or more prompts, which may follow another picture.
 
     Prints a line with the path and seed of each. How a picture was made is kept inside its PNG file.
 
     Example: sana-sprint generate "two apples on a blue background" -n 4 --seed 7 -o out/
+
+    Example: sana-sprint generate "a red heart" --image sketch.png
     """
     task = plan(prompts, file, num_images, seed, output, as_json)
-    arguments = call_arguments(size, guidance, steps, max_timesteps, intermediate_timesteps, clean_caption)
+    control = read_control(
+        image,
+        kind=kind,
+        thickness=thickness,
+        preview=preview,
+        scale=scale,
+        start=start,
+        end=end,
+        controlnet=controlnet,
+    )
+    times = call_arguments(size, guidance, steps, max_timesteps, intermediate_timesteps, clean_caption)
     wanted = ModelOptions(model, dtype, device, vae_tiling, vae_slicing, tuple(lora or ()), quantize, fast)
-    task.run(lambda: load_pipeline(wanted), model, arguments, wanted.notes())
+    notes = {**control.notes, **wanted.notes()}
+
+    def load() -> SanaSprintPipeline:
+        return (
+            load_control_pipeline(wanted, control.controlnet) if control.arguments else load_pipeline(wanted)
+        )
+
+    drawn = task.run(load, model, {**control.arguments, **times}, notes)
+    control.write_preview(drawn[0], {**notes, "model": model})
 
 
 @dataclass(frozen=True)
@@ -217,7 +205,7 @@ def _time_arguments(steps: int, first: float | None, second: float | None) -> di
 def _seeds(seed: int, count: int) -> list[int]:
     from sana_sprint.noise import image_seeds
 
-    wanted = None if seed == RANDOM_SEED else seed
+    wanted = None if seed == options.RANDOM_SEED else seed
     seeds: list[int] = checked(lambda: image_seeds(wanted, count), hint="leave --seed out for a random one")
     return seeds
 

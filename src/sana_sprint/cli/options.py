@@ -18,6 +18,10 @@ class Dtype(StrEnum):
     FP16 = "fp16"
 
 
+RANDOM_SEED = -1
+
+# ----- the model and how it runs ---------------------------------------------------------------------------------------
+
 Model = Annotated[
     str,
     typer.Option(
@@ -71,4 +75,86 @@ Quantize = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Folder = Annotated[
     Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where the pictures go; made if absent.")
+]
+
+# ----- pictures -------------------------------------------------------------------------------------------------------
+
+Prompts = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="PROMPT", help="What to draw. `-`, or nothing and a pipe: each line of stdin."),
+]
+PromptFile = Annotated[
+    Path | None, typer.Option("--file", "-f", metavar="FILE", help="Draw each line of this text file too.")
+]
+Steps = Annotated[int, typer.Option("--steps", help="Network evaluations per picture; 1 to 4 are best.")]
+NumImages = Annotated[int, typer.Option("--num-images", "-n", help="Pictures per prompt.")]
+Seed = Annotated[
+    int, typer.Option("--seed", "-s", help="Picture i, counted from 0, has seed + i. -1: random, and shown.")
+]
+Size = Annotated[
+    str | None, typer.Option("--size", metavar="N|WxH", help="In pixels; the model's own if left out.")
+]
+Output = Annotated[
+    Path,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FOLDER|FILE.png",
+        help="A folder (made if absent, no file in it is replaced), or the file of a single picture.",
+    ),
+]
+Guidance = Annotated[
+    float | None,
+    typer.Option(
+        "--guidance", "-g", help="How closely to follow the prompt; 4 to 5 are best, 4.5 if left out."
+    ),
+]
+MaxTimesteps = Annotated[
+    float | None, typer.Option("--max-timesteps", help="First time, an angle up to 1.5708 (pure noise).")
+]
+IntermediateTimesteps = Annotated[
+    float | None, typer.Option("--intermediate-timesteps", help="Second of two times; 1.3 if left out.")
+]
+CleanCaption = Annotated[
+    bool, typer.Option("--clean-caption", help="Take links, markup and the like out of prompts from the web.")
+]
+
+# ----- a picture to follow --------------------------------------------------------------------------------------------
+# None means that the option was not given; without --image none of the others may be.
+
+ImageFile = Annotated[
+    Path | None,
+    typer.Option("--image", "-i", metavar="FILE", help="A picture to follow, such as a sketch."),
+]
+Kind = Annotated[
+    str | None,
+    typer.Option(
+        "--kind",
+        "-k",
+        help="scribble (the default): a drawing. canny, softedge: the edges of a picture. none: a control picture "
+        "as the model takes it. hed, depth, lineart and more need controlnet-aux.",
+    ),
+]
+Thickness = Annotated[
+    int | None,
+    typer.Option("--thickness", help="Redraw a scribble's lines this many pixels wide; as drawn by default."),
+]
+Preview = Annotated[
+    Path | None,
+    typer.Option("--preview", metavar="FILE.png", help="Write the control picture that the model sees."),
+]
+Scale = Annotated[
+    float | None, typer.Option("--scale", help="How closely to follow it; 0: not at all, 1 by default.")
+]
+Start = Annotated[
+    float | None,
+    typer.Option("--start", help="Share of the steps after which following begins, 0 to 1; 0 by default."),
+]
+End = Annotated[
+    float | None,
+    typer.Option("--end", help="Share of the steps after which following ends, 0 to 1; 1 by default."),
+]
+ControlNet = Annotated[
+    Path | None,
+    typer.Option("--controlnet", metavar="FOLDER", help="A ControlNet to use instead of the model's own."),
 ]

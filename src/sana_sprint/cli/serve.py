@@ -29,10 +29,6 @@ ApiKey = Annotated[
         help="What clients must send. The variable is safer: others can see a command's options.",
     ),
 ]
-ControlNet = Annotated[
-    Path | None,
-    typer.Option("--controlnet", metavar="FOLDER", help="A controlnet in place of the model's own."),
-]
 MaxQueue = Annotated[int, typer.Option("--max-queue", min=1, help="Requests that may wait; more get a 429.")]
 MaxBatch = Annotated[int, typer.Option("--max-batch", min=1, help="Pictures drawn at once.")]
 BatchWindow = Annotated[
@@ -63,7 +59,7 @@ def serve(
     host: Host = "127.0.0.1",
     port: Port = 7860,
     api_key: ApiKey = None,
-    controlnet: ControlNet = None,
+    controlnet: options.ControlNet = None,
     max_queue: MaxQueue = 64,
     max_batch: MaxBatch = 16,
     batch_window: BatchWindow = 5.0,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sana_sprint.cli.common import CommandError, checked
+from sana_sprint.cli.common import CommandError, checked, import_from_here
 
 if TYPE_CHECKING:
     from sana_sprint.train.config import AnyRun
@@ -41,8 +41,7 @@ def train(
         lambda: load_config(stage, overrides or ()),
         hint="a call looks like `sana-sprint train recipes/emoji/student.toml schedule.steps=100`",
     )
-    # Before anything of ours, as `python script.py` has it: a data source is a module of the user's.
-    sys.path.insert(0, os.getcwd())
+    import_from_here()
 
     from sana_sprint.train import distributed, loop
 

@@ -5,12 +5,13 @@ Lines are (H,W) fp32, 1 = line and 0 = none; a control picture is (1,3,H,W) in [
 
 from sana_sprint.controls.edges import canny, soft_edges
 from sana_sprint.controls.filters import blur, dilate, erode
-from sana_sprint.controls.kinds import ANNOTATORS, KINDS, BlankPictureError, check_kind
+from sana_sprint.controls.kinds import ANNOTATORS, BUILT_IN, KINDS, BlankPictureError, check_kind
 from sana_sprint.controls.picture import Picture, control_picture, control_picture_for, open_picture
 from sana_sprint.controls.scribble import redraw, scribble, to_scribble
 
 __all__ = [
     "ANNOTATORS",
+    "BUILT_IN",
     "KINDS",
     "BlankPictureError",
     "Picture",

@@ -18,7 +18,13 @@ ANNOTATORS = {
     "openpose": "OpenposeDetector",
     "pidi": "PidiNetDetector",
 }
-KINDS = ("scribble", "canny", "softedge", *ANNOTATORS)
+# Kinds that need no other library, and what a page says that a picture of each is.
+BUILT_IN = {
+    "scribble": "Drawn lines",
+    "canny": "A picture: its edges",
+    "softedge": "A picture: soft edges",
+}
+KINDS = (*BUILT_IN, *ANNOTATORS)
 
 
 def check_kind(kind: str | None, thickness: int | None = None) -> None:

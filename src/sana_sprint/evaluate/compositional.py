@@ -15,10 +15,10 @@ from PIL import Image
 
 from sana_sprint.images import grid
 from sana_sprint.pipelines.text_to_image import SanaSprintPipeline
+from sana_sprint.resolutions import pictures_at_once
 
 SHEET_PICTURES, SHEET_COLUMNS = 96, 12
-# Pictures are drawn together as long as they need no more memory than one of 1024 px.
-PIXELS_PER_CALL, MAX_PICTURES_PER_CALL = 2**20, 50
+MAX_PICTURES_PER_CALL = 50
 
 
 class Scene(Protocol):
@@ -81,8 +81,7 @@ def draw(
         batch: pictures per call of the pipeline; None chooses by their size.
         on_progress: called after each call of the pipeline with the number of its pictures.
     """
-    side = pipeline.native_size
-    batch = batch or max(1, min(MAX_PICTURES_PER_CALL, PIXELS_PER_CALL // side**2))
+    batch = batch or pictures_at_once(pipeline.native_size**2, MAX_PICTURES_PER_CALL)
     asked = {"guidance_scale": guidance, "intermediate_timesteps": middle_time}
     settings: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     pictures: list[Image.Image] = []

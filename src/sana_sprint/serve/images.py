@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from sana_sprint import __version__
-from sana_sprint.images import save_png, to_rgb
+from sana_sprint.images import picture_settings, save_png, to_rgb
 from sana_sprint.serve.engine.job import Job, Result
 from sana_sprint.serve.errors import ApiError
 
@@ -70,17 +69,15 @@ def encode(picture: Image.Image, output_format: str, quality: int | None, settin
 def settings_of(job: Job, result: Result, index: int, model: str) -> dict[str, Any]:
     """How to make picture `index` again."""
     request = job.request
-    guidance = {} if result.guidance_scale is None else {"guidance_scale": result.guidance_scale}
     followed = {"kind": request.control_kind, "controlnet_conditioning_scale": request.control_scale}
-    return {
-        "prompt": request.prompt,
-        "seed": result.seeds[index],
-        "num_inference_steps": request.steps,
-        **guidance,
-        **(followed if job.has_image else {}),
-        "times": list(result.times),
-        **vars(result.sizes),
-        "model": model,
-        "dtype": result.dtype,
-        "version": f"sana-sprint {__version__}",
-    }
+    return picture_settings(
+        prompt=request.prompt,
+        seed=result.seeds[index],
+        num_inference_steps=request.steps,
+        guidance_scale=result.guidance_scale,
+        times=result.times,
+        sizes=vars(result.sizes),
+        model=model,
+        dtype=result.dtype,
+        control=followed if job.has_image else None,
+    )

@@ -5,19 +5,23 @@ and refused where the client would not get what it asked for.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from sana_sprint.controls import BUILT_IN
 from sana_sprint.noise import MAX_SEED
 from sana_sprint.serve.engine.job import ImageRequest
 from sana_sprint.serve.errors import ApiError
 from sana_sprint.serve.settings import Settings
 
 OutputFormat = Literal["png", "jpeg", "webp"]
-ControlKind = Literal["scribble", "canny", "softedge"]  # the other kinds may fetch an annotator's weights
 Scale = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+if TYPE_CHECKING:
+    ControlKind = str
+else:
+    ControlKind = Literal[tuple(BUILT_IN)]  # the other kinds may fetch an annotator's weights
 RANDOM_SEED = -1
 LARGEST_SEED = MAX_SEED - 2**20  # picture i has seed + i, and no request has so many
 

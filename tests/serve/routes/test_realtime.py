@@ -77,6 +77,7 @@ def test_a_picture_comes_back_with_its_number_and_its_settings() -> None:
             "max_steps": Settings().max_steps,
             "has_guidance": True,
             "control_kinds": [],
+            "control_labels": {},
         }
         header, body = ask(socket, draw(5, size="64x48"))
     picture = Image.open(io.BytesIO(body))
@@ -92,7 +93,8 @@ def test_a_sketch_reaches_the_engine() -> None:
     engine = FakeEngine(has_control=True)
     with socket_to(engine) as socket:
         welcome, _ = ask(socket, HELLO)
-        assert "scribble" in welcome["control_kinds"]
+        assert welcome["control_kinds"] == ["scribble", "canny", "softedge"]
+        assert welcome["control_labels"]["scribble"] == "Drawn lines"
         header, _ = ask(socket, draw(1, control_kind="scribble", control_scale=0.5), png(color="red"))
     assert header["type"] == "picture"
     image = engine.requests[0].image

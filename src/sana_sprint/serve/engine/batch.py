@@ -27,15 +27,12 @@ from sana_sprint.pipelines.output import SanaSprintOutput
 from sana_sprint.pipelines.text import Prompts
 from sana_sprint.pipelines.text_to_image import SanaSprintPipeline
 from sana_sprint.prompts import COMPLEX_HUMAN_INSTRUCTION, DEFAULT_MAX_SEQUENCE_LENGTH
-from sana_sprint.resolutions import Size
+from sana_sprint.resolutions import Size, pictures_at_once
 from sana_sprint.sampling import PUBLISHED_GUIDANCE
 from sana_sprint.serve.engine.job import ImageRequest, Job, Result
 from sana_sprint.stopping import Stopped
 
 logger = logging.getLogger(__name__)
-
-# Pictures are decoded together as long as they are no larger than one of 1024 px: between such groups work can stop.
-PIXELS_PER_DECODE = 2**20
 
 NO_CONTROL = "this model has no ControlNet: it draws from text alone and cannot use an image"
 
@@ -246,7 +243,7 @@ class _Batch:
     def _decode(self, rows: list[_Row], latents: Tensor) -> None:
         assert self.output is not None
         size, vae = _size(self.output), self.pipelines.text.vae
-        at_once = max(1, PIXELS_PER_DECODE // (size.model_height * size.model_width))
+        at_once = pictures_at_once(size.model_pixels)  # between such groups work can stop
         kept = [i for i, row in enumerate(rows) if row.wanted]
         with self._timed("decode"):
             for start in range(0, len(kept), at_once):

@@ -18,6 +18,7 @@ from fastapi import FastAPI, WebSocket, WebSocketDisconnect
 from pydantic import ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
+from sana_sprint.controls import BUILT_IN
 from sana_sprint.images import INFOTEXT_KEY, SETTINGS_KEY, infotext
 from sana_sprint.serve.engine import Engine, ImageRequest, Job, Result
 from sana_sprint.serve.engine.batch import ModelFacts
@@ -36,11 +37,6 @@ LENGTH_BYTES = 4
 MAX_SEQUENCE = 2**53 - 1  # JavaScript's largest whole number
 HELLO_TIMEOUT_S = 10.0
 LOADING_POLL_S = 0.1
-SKETCH_KINDS = (
-    "scribble",
-    "canny",
-    "softedge",
-)  # what a model with a ControlNet can make of it without annotators
 
 # Close codes: 4000 to 4999 are an application's own.
 BAD_KEY, BAD_MESSAGE, TOO_LARGE, TRY_LATER = 4401, 1003, 1009, 1013
@@ -187,7 +183,8 @@ def _welcome(facts: ModelFacts, settings: Settings) -> dict[str, Any]:
         "max_pixels": settings.max_pixels,
         "max_steps": settings.max_steps,
         "has_guidance": facts.has_guidance,
-        "control_kinds": list(SKETCH_KINDS) if facts.has_control else [],
+        "control_kinds": list(BUILT_IN) if facts.has_control else [],
+        "control_labels": BUILT_IN if facts.has_control else {},
     }
 
 

@@ -11,8 +11,6 @@ const ASPECTS = [
   ["Tall 9:16", 9, 16],
 ];
 
-const KINDS = { scribble: "Drawn lines", canny: "A picture: its edges", softedge: "A picture: soft edges" };
-
 const byId = (id) => document.getElementById(id);
 
 /** Connect every control with the setting it shows; only what the prompt's keys do is decided elsewhere. */
@@ -37,13 +35,13 @@ export function bindControls(state) {
 }
 
 /** Offer what the server's model can do. */
-export function offer(state, { native, max_pixels, max_steps, has_guidance, control_kinds }) {
+export function offer(state, { native, max_pixels, max_steps, has_guidance, control_kinds, control_labels }) {
   const sizes = ASPECTS.map(([name, w, h]) => [name, ...sides(native, w / h)]);
   const offered = sizes.filter(([, width, height]) => width * height <= max_pixels);
   byId("size").replaceChildren(
     ...offered.map(([name, w, h]) => new Option(`${name}, ${w} × ${h}`, `${w}x${h}`)),
   );
-  byId("kind").replaceChildren(...control_kinds.map((kind) => new Option(KINDS[kind] ?? kind, kind)));
+  byId("kind").replaceChildren(...control_kinds.map((kind) => new Option(control_labels[kind] ?? kind, kind)));
   for (const radio of document.getElementsByName("steps")) radio.disabled = Number(radio.value) > max_steps;
   byId("guidance-field").hidden = !has_guidance;
   byId("strength-field").hidden = byId("sketch").hidden = control_kinds.length === 0;

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sana_sprint.models.autoencoder import AutoencoderDC
+from sana_sprint.resolutions import PIXELS_AT_ONCE
 from sana_sprint.train.cache.files import Part, cut, digest, make_parts, read_part, write_part
 from sana_sprint.train.config import AdaptationRun, ControlTeacherRun, StudentRun, TeacherRun
 from sana_sprint.train.data.pictures import fit_bucket, to_tensor
@@ -29,7 +30,6 @@ from sana_sprint.train.data.source import (
 )
 
 _FORMAT = "latents 2: bf16, of a bf16 autocast"  # part of every key; changes with what the files hold
-_PIXELS_AT_ONCE = 2**20  # through the autoencoder: one 1024 px picture
 _Shape = tuple[int, int, int]
 
 
@@ -257,7 +257,7 @@ class _Encoder:
             bucket.captions.append(texts)
             if not any(texts):
                 uncaptioned.append(i)
-            if len(bucket.pending) * pixels[..., 0].size >= _PIXELS_AT_ONCE:
+            if len(bucket.pending) * pixels[..., 0].size >= PIXELS_AT_ONCE:
                 self._flush(bucket)
         for bucket in buckets.values():
             self._flush(bucket)
