@@ -8,12 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from recipes.emoji3d import chain
 from recipes.emoji3d.fetch import fetch
 from recipes.emoji3d.store import store
-from sana_sprint.train.config import load_config
+from sana_sprint.models.autoencoder import AutoencoderConfig, AutoencoderDC
+from sana_sprint.models.transformer import SanaTransformer2DModel, TransformerConfig
+from sana_sprint.train.config import AutoencoderRun, StudentRun, TeacherRun, load_config
 from sana_sprint.train.data import open_source
+from sana_sprint.train.text import make_text_encoder
+from sana_sprint.weights import load_model
 
 SOURCE = "recipes.emoji3d.samples:everyday_128"
 
@@ -30,6 +35,31 @@ def test_every_stage_takes_what_an_earlier_one_makes(side: int) -> None:
                 assert any(Path(needed).is_relative_to(folder) for folder in made), (stage.name, field)
         made.add(stage.output / "final")
     assert sum(chain.SHARES.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("side", chain.SIDES)
+def test_the_models_of_a_chain_fit_together_and_may_ship(side: int) -> None:
+    configs = {stage.name: load_config(stage.recipe) for stage in chain.stages(side)}
+    coder, teacher, student = (configs[name] for name in ("autoencoder", "teacher", "student"))
+    assert isinstance(coder, AutoencoderRun)
+    assert isinstance(teacher, TeacherRun)
+    assert isinstance(student, StudentRun)
+    assert student.discriminator is not None
+    with torch.device("meta"):
+        if coder.start is None:
+            autoencoder = AutoencoderDC(AutoencoderConfig.from_dict(coder.model))
+        else:
+            autoencoder = load_model(AutoencoderDC, coder.start)
+        transformer = SanaTransformer2DModel(TransformerConfig.from_dict(teacher.model))
+        text_encoder = make_text_encoder(teacher.tokenizer_vocab, teacher.text_encoder)
+    config = transformer.config
+    assert config.in_channels == config.out_channels == autoencoder.config.latent_channels
+    assert config.sample_size * autoencoder.spatial_compression_ratio == side
+    assert config.caption_channels == text_encoder.config.hidden_size
+    assert max(student.discriminator.blocks) < config.num_layers
+    models = (autoencoder, transformer, text_encoder)
+    parameters = sum(parameter.numel() for model in models for parameter in model.parameters())
+    assert 2 * parameters < 80e6  # bytes in bf16, of all weights that ship
 
 
 def test_there_is_no_chain_of_another_size() -> None:
