@@ -52,7 +52,7 @@ def main() -> None:
     if not (arguments.model or arguments.teacher):
         parser.error("give --model, --teacher or both")
 
-    rows: dict[str, dict[str, float]] = {}
+    rows: dict[str, tuple[dict[str, float], dict[str, float]]] = {}
     drawn: dict[str, list[Image.Image]] = {}
     autoencoder: AutoencoderDC | None = None
     prompts = {w: evaluation_prompts(arguments.count, tier=arguments.tier, wording=w) for w in WORDINGS}
@@ -75,12 +75,18 @@ def main() -> None:
                 captions = [prompt.caption for prompt in prompts[wording]]
                 drawn[name] = draw(pipeline, captions, num_steps=steps, guidance=arguments.guidance)
                 rows[name] = _score(drawn[name], prompts[wording], name, arguments.out)
-    print(table(rows))
+    print(table({name: judged for name, (judged, _) in rows.items()}))
+    for name, (_, entropies) in rows.items():
+        print(
+            f"variety of {name}: {', '.join(f'{key} {value:.2f}' for key, value in entropies.items())} bits"
+        )
     assert autoencoder is not None
     distances = _distances(autoencoder, drawn, arguments.count, arguments.tier)
     for name, value in distances.items():
         print(f"FID of {name}: {value:.2f}")
-    print(json.dumps({"count": arguments.count, "fid": distances, **rows}))
+    varieties = {name: entropies for name, (_, entropies) in rows.items()}
+    scores = {name: judged for name, (judged, _) in rows.items()}
+    print(json.dumps({"count": arguments.count, "fid": distances, "variety": varieties, **scores}))
 
 
 @torch.no_grad()
@@ -105,8 +111,8 @@ def teacher_pictures(
 
 def _score(
     pictures: Sequence[Image.Image], prompts: Sequence[Prompt], name: str, folder: Path | None
-) -> dict[str, float]:
-    """The judge's summary; prints the variety, and writes a sheet and all verdicts."""
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The judge's summary and the variety; writes a sheet and all verdicts."""
     verdicts = judge_many(pictures, prompts)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -114,17 +120,18 @@ def _score(
         grid(list(pictures[:96]), columns=12).save(folder / f"{stem}.png")
         lines = [f"{v.correct}\t{p.caption}\t{v.reason}" for v, p in zip(verdicts, prompts, strict=True)]
         (folder / f"{stem}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    entropies = variety(verdicts, prompts)
-    print(name, "variety in bits:", ", ".join(f"{key} {value:.2f}" for key, value in entropies.items()))
-    return summarize(verdicts, prompts)
+    return summarize(verdicts, prompts), variety(verdicts, prompts)
 
 
 def _distances(
     autoencoder: AutoencoderDC, drawn: dict[str, list[Image.Image]], count: int, tier: str
 ) -> dict[str, float]:
+    """Each set's Frechet distance; none for so few pictures that the features' covariance cannot be told."""
     extract = dcae_features(autoencoder)
     side = next(iter(drawn.values()))[0].width
     others = evaluation_prompts(5 * count, tier=tier)[count:]
+    if count <= features_of([next(iter(drawn.values()))[0]], extract, size=side).shape[1]:
+        return {}
     wanted = fit(features_of([render(prompt.scene, side) for prompt in others], extract, size=side))
     return {name: distance(fit(features_of(own, extract, size=side)), wanted) for name, own in drawn.items()}
 

@@ -35,4 +35,4 @@ def entropy(values: Iterable[Hashable]) -> float:
     """Of the values' frequencies, in bits; 0 for no values."""
     counts = Counter(values)
     total = sum(counts.values())
-    return -sum(count / total * math.log2(count / total) for count in counts.values())
+    return sum(count / total * math.log2(total / count) for count in counts.values())
