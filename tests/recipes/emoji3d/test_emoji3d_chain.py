@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sana_sprint.train.text import make_text_encoder
 
 from recipes.emoji3d import chain
 from recipes.emoji3d.fetch import fetch
@@ -18,6 +17,7 @@ from sana_sprint.models.autoencoder import AutoencoderConfig, AutoencoderDC
 from sana_sprint.models.transformer import SanaTransformer2DModel, TransformerConfig
 from sana_sprint.train.config import AutoencoderRun, StudentRun, TeacherRun, load_config
 from sana_sprint.train.data import open_source
+from sana_sprint.train.models.text_encoder import make_text_encoder
 from sana_sprint.weights import load_model
 
 SOURCE = "recipes.emoji3d.samples:everyday_128"
