@@ -92,7 +92,7 @@ def tangent_sizes(folder: Path, count: int) -> list[float]:
     from sana_sprint.train.data.pictures import to_tensor
     from sana_sprint.train.distributed import device
     from sana_sprint.train.losses.tangent import make_tangent
-    from sana_sprint.train.stages.captions import velocity_of
+    from sana_sprint.train.models.base import velocity_of
     from sana_sprint.trigflow import add_noise, flow_denoiser, lognormal_times
     from sana_sprint.weights import load_model
 

@@ -21,7 +21,8 @@ from sana_sprint.models.text_encoder import PromptEncoder, load_text_encoder, lo
 from sana_sprint.models.transformer import SanaTransformer2DModel
 from sana_sprint.train.cache.trajectories import trace
 from sana_sprint.train.data.pictures import to_tensor
-from sana_sprint.train.stages.captions import embed, velocity_of
+from sana_sprint.train.models.base import velocity_of
+from sana_sprint.train.stages.captions import embed
 from sana_sprint.trigflow import T_MAX, Velocity, add_noise, flow_denoiser, to_clean
 from sana_sprint.weights import load_model, resolve_folder
 

@@ -29,7 +29,8 @@ from sana_sprint.models.transformer import SanaTransformer2DModel
 from sana_sprint.train.config import StudentRun, load_config
 from sana_sprint.train.distributed import device
 from sana_sprint.train.losses.flow import guided, sample_flow
-from sana_sprint.train.stages.captions import embed, unconditional, velocity_of
+from sana_sprint.train.models.base import velocity_of
+from sana_sprint.train.stages.captions import embed, unconditional
 from sana_sprint.trigflow import Velocity
 from sana_sprint.weights import load_model
 

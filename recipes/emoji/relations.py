@@ -23,9 +23,9 @@ from torch.nn import functional as F
 from recipes.emoji import vocabulary as words
 from recipes.emoji.scenes import Scene, describe, sample_scene
 from sana_sprint.models.text_encoder import PromptEncoder, load_text_encoder, load_tokenizer
-from sana_sprint.train.config import OptimizerConfig
 from sana_sprint.train.models.text_encoder import save_text
 from sana_sprint.train.optim.optimizers import clip, make_optimizers, rate, set_rate
+from sana_sprint.train.sections import OptimizerConfig
 from sana_sprint.train.stages.captions import embed
 
 PLACES = ("left", "right", "top", "bottom")

@@ -79,3 +79,8 @@ def flow_denoiser(velocity: Velocity) -> Denoiser:
 def lognormal_times(count: int, *, mean: float, std: float, device: torch.device | str = "cpu") -> Tensor:
     """`count` training angles arctan(e^tau/sigma_d) with tau ~ N(mean, std^2): (count,) fp32, from torch's global generator."""
     return sigma_to_trig(torch.exp(mean + std * torch.randn(count, device=device)))
+
+
+def prior_weight(t: Tensor) -> Tensor:
+    """w(t) = 1/(sigma_d tan t), the fixed part of the consistency loss's weight (section 3.2): (B,)."""
+    return 1 / (SIGMA_DATA * torch.tan(t))

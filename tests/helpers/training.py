@@ -9,18 +9,15 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from pydantic import TypeAdapter
 
 from sana_sprint.train import config, loop
-from sana_sprint.train.stages.adaptation import AdaptationStage
-from sana_sprint.train.stages.autoencoder import AutoencoderStage
+from sana_sprint.train.losses import Loss
+from sana_sprint.train.stages import make_stage
 from sana_sprint.train.stages.base import Stage
-from sana_sprint.train.stages.control import ControlStudentStage, ControlTeacherStage
-from sana_sprint.train.stages.student import StudentStage
-from sana_sprint.train.stages.teacher import TeacherStage
 
 COLORS = {"red": (220, 30, 30), "green": (20, 200, 60), "blue": (30, 60, 220)}
 
@@ -50,17 +47,16 @@ def silent(_: str) -> None:
 
 
 def make(run: config.AnyRun) -> Stage:
-    if isinstance(run, config.AutoencoderRun):
-        return AutoencoderStage(run, report=silent)
-    if isinstance(run, config.AdaptationRun):
-        return AdaptationStage(run, report=silent)
-    if isinstance(run, config.TeacherRun):
-        return TeacherStage(run, report=silent)
-    if isinstance(run, config.ControlTeacherRun):
-        return ControlTeacherStage(run, report=silent)
-    if isinstance(run, config.ControlStudentRun):
-        return ControlStudentStage(run, report=silent)
-    return StudentStage(run, report=silent)
+    return make_stage(run, report=silent)
+
+
+Kind = TypeVar("Kind", bound=Loss)
+
+
+def loss_of(stage: Any, kind: type[Kind]) -> Kind:
+    """The stage's one loss of this class."""
+    (found,) = (each for each in stage.losses if isinstance(each, kind))
+    return found
 
 
 def train(values: dict[str, Any]) -> Stage:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sana_sprint.train import distributed, learner, loop
 from sana_sprint.train.checkpoint import checkpoints
-from sana_sprint.train.learner import own_parts
+from sana_sprint.train.data.sampler import own_parts
 from sana_sprint.train.stages.base import Metrics, Part
 from tests.helpers.toy_stage import Toy, assert_same, in_processes, saved, toy_run, train_toy
 from tests.helpers.training import parse, silent

@@ -104,38 +104,10 @@ def _reporter(*, is_main: bool) -> Report:
 
 
 def _make_stage(config: AnyRun, report: Report) -> Stage:
-    from sana_sprint.train.config import (
-        AdaptationRun,
-        AutoencoderRun,
-        ControlStudentRun,
-        ControlTeacherRun,
-        TeacherRun,
-    )
+    from sana_sprint.train.stages import make_stage
 
     try:
-        if isinstance(config, AutoencoderRun):
-            from sana_sprint.train.stages.autoencoder import AutoencoderStage
-
-            return AutoencoderStage(config, report=report)
-        if isinstance(config, TeacherRun):
-            from sana_sprint.train.stages.teacher import TeacherStage
-
-            return TeacherStage(config, report=report)
-        if isinstance(config, AdaptationRun):
-            from sana_sprint.train.stages.adaptation import AdaptationStage
-
-            return AdaptationStage(config, report=report)
-        if isinstance(config, ControlTeacherRun):
-            from sana_sprint.train.stages.control import ControlTeacherStage
-
-            return ControlTeacherStage(config, report=report)
-        if isinstance(config, ControlStudentRun):
-            from sana_sprint.train.stages.control import ControlStudentStage
-
-            return ControlStudentStage(config, report=report)
-        from sana_sprint.train.stages.student import StudentStage
-
-        return StudentStage(config, report=report)
+        return make_stage(config, report=report)
     except ValueError as error:
         hint = f"folders and modules named in the file are looked for from here: {os.getcwd()}"
         raise CommandError(str(error), hint=hint) from error

@@ -1,4 +1,4 @@
-"""What a training run is: one TOML file, checked before anything starts.
+"""The configuration of a training run: one TOML file, checked before anything starts.
 
 Unknown fields are errors. `load_config("stage.toml", ["schedule.steps=100"])` applies dotted overrides, whose
 values are TOML too.
@@ -11,9 +11,12 @@ import math
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, create_model, model_validator
+
+from sana_sprint.train.losses import LOSSES
+from sana_sprint.train.sections import OptimizerConfig, Section
 
 from sana_sprint.sampling import PUBLISHED_GUIDANCE
 
@@ -35,15 +38,10 @@ MAY_CHANGE = frozenset(
         "schedule.keep_checkpoints",
     }
 )
-Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
-
-
-class DataConfig(_Section):
-    """Where samples come from: `data.open_source` says what `source` may be."""
+class DataConfig(Section):
+    """The source of samples, see `data.open_source`."""
 
     source: str
     # Native side in pixels, to which pictures are scaled and cropped: to a square for the autoencoder, else to the nearest
@@ -56,31 +54,12 @@ class DataConfig(_Section):
 class LatentDataConfig(DataConfig):
     """Samples whose latents are computed once and then trained on."""
 
-    # At most so many.
+    # Upper limit.
     num_samples: int = Field(default=20_000, ge=1)
 
 
-class OptimizerConfig(_Section):
-    """How one module learns. `optim.make_optimizers` says what the names mean."""
-
-    name: Literal["adamw", "adamw8bit", "came", "muon"] = "adamw"
-    learning_rate: float = Field(default=1e-3, gt=0)
-    # Muon's own rate, in units of an RMS-1 update of each matrix.
-    matrix_learning_rate: float = Field(default=0.02, gt=0)
-    betas: tuple[Beta, Beta] = (0.9, 0.99)
-    # CAME's third average: of how far updates are from their average.
-    confidence_beta: Beta = 0.9999
-    # Shrinks matrices and kernels at each step by this times the rate; vectors (biases, norms) never.
-    weight_decay: float = Field(default=0.0, ge=0)
-    clip_norm: float = Field(default=1.0, gt=0)
-    warmup_steps: int = Field(default=100, ge=0)
-    # The last part of the run takes the rate to zero: 0.5 = second half, 0 = never (a constant rate).
-    decay: Literal["linear", "cosine"] = "linear"
-    decay_fraction: float = Field(default=0.3, ge=0, le=1)
-
-
-class ScheduleConfig(_Section):
-    """How long, how much at a time, and how often to report and save (in steps)."""
+class ScheduleConfig(Section):
+    """Length, batch size, and the intervals of reports and checkpoints (in steps)."""
 
     steps: int = Field(ge=1)
     batch_size: int = Field(ge=1)
@@ -93,7 +72,7 @@ class ScheduleConfig(_Section):
     keep_checkpoints: int = Field(default=2, ge=1)
 
 
-class _Run(_Section):
+class _Run(Section):
     output: Path
     seed: int = 0
     # From where to continue: "auto" = the newest checkpoint in `output`, if there is one; "latest" = it must be there;
@@ -126,7 +105,7 @@ class AutoencoderRun(_Run):
     model: dict[str, Any] | None = None
     # Standard deviation of noise added to latents before decoding: smooths the latent space for the diffusion model.
     latent_noise: float = Field(default=0.1, ge=0)
-    # Weight of the mean squared latent, which keeps the encoder from shouting that noise down.
+    # Weight of the mean squared latent: stops the encoder from growing its latents until the noise no longer matters.
     latent_weight: float = Field(default=1e-3, ge=0)
 
     @model_validator(mode="after")
@@ -174,7 +153,7 @@ class TeacherRun(_FlowRun):
         return self
 
 
-class ControlConfig(_Section):
+class ControlConfig(Section):
     """A branch that follows a picture, as copies of the transformer's first blocks: see `models/controlnet.py`."""
 
     # What it follows: a kind of `sana_sprint.controls` that needs no weights ("scribble", "canny", "softedge"), or
@@ -205,52 +184,8 @@ class AdaptationRun(_FlowRun):
     cache_text: bool = False
 
 
-class DiscriminatorConfig(_Section):
-    """LADD's discriminator: heads on the frozen teacher's features, and the student's adversarial loss."""
-
-    # The teacher's blocks, from 0, that have a head.
-    blocks: tuple[int, ...]
-    # Factor of the adversarial loss beside the consistency loss.
-    weight: float = Field(default=0.5, gt=0)
-    # Angles at which real and student pictures are noised before they are judged: arctan(e^N(mean, std) / sigma_d).
-    time_mean: float = -0.6
-    time_std: float = Field(default=1.0, gt=0)
-    # Whether real pictures with another picture's caption count as fakes too.
-    misaligned_pairs: bool = True
-    # Factor of the gradient penalty on the heads' inputs.
-    r1_weight: float = Field(default=0.0, ge=0)
-    optimizer: OptimizerConfig
-
-
-class MatchingConfig(_Section):
-    """Distribution matching: see `matching.py`."""
-
-    # Factor of the loss beside the consistency loss; both move a picture by about 1 at most.
-    weight: float = Field(default=1.0, gt=0)
-    # Steps, of all players, over which the weight grows from 0.
-    warmup_steps: int = Field(default=100, ge=0)
-    # Flow times at which pictures are noised and the follower learns: sigmoid(N(mean, std)).
-    time_mean: float = 0.0
-    time_std: float = Field(default=1.2, gt=0)
-    optimizer: OptimizerConfig
-
-
-class TrajectoriesConfig(_Section):
-    """The teacher's trajectories as examples: see `trajectories.py`."""
-
-    # How many are computed before the run and kept on disk, each of so many Euler steps with guidance.
-    count: int = Field(ge=1)
-    num_steps: int = Field(default=16, ge=1)
-    # Factor of the loss beside the consistency loss.
-    weight: float = Field(default=1.0, gt=0)
-    # Part of the trajectories that start from pure noise; the others start from noised pictures.
-    noise_rate: float = Field(default=0.5, ge=0, le=1)
-    # Part of the visits that are to a trajectory's start; the others are to any of its points.
-    start_rate: float = Field(default=0.3, ge=0, le=1)
-
-
-class StudentRun(_Run):
-    """Distils a teacher run into a student for few steps: consistency loss (sCM), adversarial loss (LADD), or more of them."""
+class _StudentFields(_Run):
+    """Distils a teacher run into a student for few steps. Each loss of `losses.LOSSES` adds its section."""
 
     stage: Literal["student"]
     # A pipeline folder whose student, or control branch, goes on learning; without it that starts as its teacher.
@@ -263,16 +198,13 @@ class StudentRun(_Run):
     cache_text: bool = False
     # Factor of the consistency loss; 0 leaves it out.
     scm_weight: float = Field(default=1.0, ge=0)
-    discriminator: DiscriminatorConfig | None = None
-    matching: MatchingConfig | None = None
-    trajectories: TrajectoriesConfig | None = None
     # Part of the pictures that the student draws in one step for these two losses which start from pure noise (the
     # paper's max-time weighting).
     max_time_rate: float = Field(default=0.5, ge=0, le=1)
     # Recompute the student's blocks for the backward pass of those losses instead of keeping their activations while the
     # consistency loss makes its own.
     recompute_pictures: bool = True
-    # Guidance scales the student learns, drawn uniformly; it is told which.
+    # Guidance scales the student learns, drawn uniformly; they are an input of the student.
     guidance_scales: tuple[float, ...] = Field(default=(4.0, 4.5, 5.0), min_length=1)
     # How the teacher is guided: see `flow.guided`.
     guidance_projected: bool = False
@@ -287,18 +219,40 @@ class StudentRun(_Run):
     instruction_rate: float = Field(default=0.5, ge=0, le=1)
 
     @model_validator(mode="after")
-    def _has_a_loss(self) -> StudentRun:
-        if not self.scm_weight and not any((self.discriminator, self.matching, self.trajectories)):
-            raise ValueError(
-                "scm_weight is 0, and there is no [discriminator], [matching] or [trajectories]: nothing to learn from"
-            )
+    def _has_a_loss(self) -> Self:
+        if not self.scm_weight and not self.sections():
+            names = [f"[{name}]" for name in _SECTIONS]
+            given = f"{', '.join(names[:-1])} or {names[-1]}"
+            raise ValueError(f"scm_weight is 0, and there is no {given}: nothing to learn from")
         return self
+
+    def sections(self) -> dict[str, Section]:
+        """The losses' sections that this run has, by name, in the order of `losses.LOSSES`."""
+        found = {name: getattr(self, name) for name in _SECTIONS}
+        return {name: section for name, section in found.items() if section is not None}
 
     @property
     def optimizers(self) -> tuple[OptimizerConfig, ...]:
-        """The student's and, where there are such, the discriminator's and the follower's."""
-        others = (self.discriminator, self.matching)
-        return (self.optimizer, *(each.optimizer for each in others if each))
+        """The student's, and those of the losses that train a module of their own."""
+        others = [getattr(section, "optimizer", None) for section in self.sections().values()]
+        return (self.optimizer, *(each for each in others if each is not None))
+
+
+_SECTIONS = {name: loss.Config for name, loss in LOSSES.items() if loss.Config is not None}
+
+if TYPE_CHECKING:
+
+    class StudentRun(_StudentFields):
+        """`_StudentFields` with an optional section for each loss."""
+
+else:
+    StudentRun = create_model(
+        "StudentRun",
+        __base__=_StudentFields,
+        __module__=__name__,
+        __doc__=_StudentFields.__doc__,
+        **{name: (section | None, None) for name, section in _SECTIONS.items()},
+    )
 
 
 class ControlStudentRun(StudentRun):

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from sana_sprint.train import distributed
-from sana_sprint.train.config import AnyRun, OptimizerConfig
+from sana_sprint.train.config import AnyRun
+from sana_sprint.train.data.sampler import own_parts
 from sana_sprint.train.ema import EMA, load_optimizer_states, optimizer_states
 from sana_sprint.train.optim.optimizers import clip, make_optimizers, rate, set_rate
-from sana_sprint.train.stages.base import Metrics, Part, Stage
+from sana_sprint.train.sections import OptimizerConfig
+from sana_sprint.train.stages.base import Metrics, Stage
 
 Result = TypeVar("Result")
 MAX_BAD_STEPS = 20  # non-finite steps in a row after which the run stops
@@ -141,7 +143,7 @@ class Learner:
         losses, found = [], dict[str, list[float]]()
         buffers = [buffer for player in self.players.values() for buffer in player.module.buffers()]
         before = [buffer.clone() for buffer in buffers]
-        for number, part in own_parts(step, self.config):
+        for number, part in own_parts(step, self.config.schedule):
             # Each part finds the buffers (spectral norms' vectors, say) as it would in a process of its own.
             for buffer, original in zip(buffers, before, strict=True):
                 buffer.copy_(original)
@@ -163,22 +165,3 @@ class Learner:
     def _swap(self) -> None:
         self.ema.swap()
         self.first.share()
-
-
-def own_parts(step: int, config: AnyRun) -> Iterator[tuple[int, Part]]:
-    """This process's parts of a step, each with its number among all processes' parts.
-
-    Part k of n takes samples k, k + n, k + 2n, ... of the step's batch, so what a step computes depends on n alone, not
-    on how many processes share it.
-
-    Raises:
-        ValueError: the batch cannot be cut into equal parts.
-    """
-    batch_size, accumulation = config.schedule.batch_size, config.schedule.accumulation
-    count = distributed.world_size() * accumulation
-    if batch_size % count:
-        raise ValueError(
-            f"schedule.batch_size must be divisible by processes x schedule.accumulation = {count}; got {batch_size}"
-        )
-    for number in range(distributed.rank() * accumulation, (distributed.rank() + 1) * accumulation):
-        yield number, Part(step, range(step * batch_size + number, (step + 1) * batch_size, count))

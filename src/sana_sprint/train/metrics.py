@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sana_sprint.train.stages.base import Metrics
+Metrics = dict[str, float]
+
 
 NUM_LEVELS = 4
 

@@ -14,18 +14,20 @@ from sana_sprint.train.cache.trajectories import (
     CHUNK_SIZE,
     Traced,
     Trajectories,
+    TrajectoriesConfig,
     cached_trajectories,
     draw_starts,
-    end_loss,
     trace,
 )
-from sana_sprint.train.config import TrajectoriesConfig
+from sana_sprint.train.distillation import Batch
 from sana_sprint.train.learner import Learner
+from sana_sprint.train.losses import SCM, TrajectoryRegression
 from sana_sprint.train.losses.flow import guided
+from sana_sprint.train.losses.trajectories import end_loss
 from sana_sprint.train.models.student import with_guidance
 from sana_sprint.train.stages.base import Part
 from sana_sprint.trigflow import T_MAX, expand_like, trig_to_flow
-from tests.helpers.training import chain, control_student_run, make, parse, trajectories_run
+from tests.helpers.training import chain, control_student_run, loss_of, make, parse, trajectories_run
 
 SHAPE = (3, 2, 2)
 
@@ -175,12 +177,13 @@ def test_a_student_that_is_its_teacher_is_right_about_paths_of_one_step(
     values["instruction_rate"] = 0.5
     stage: Any = make(parse(values))
     if controlled:  # its base has learnt for a few steps
-        teacher = with_guidance(stage.teacher.transformer)
-        stage.transformer.transformer.load_state_dict(teacher.state_dict())
-    spread = torch.cat([each.points[:, -1].float() for each in stage.trajectories._chunks]).std()
+        teacher = with_guidance(stage.models.teacher.transformer)
+        stage.models.student.transformer.load_state_dict(teacher.state_dict())
+    stored = loss_of(stage, TrajectoryRegression).trajectories
+    spread = torch.cat([stored.draw(range(i, i + 4), batch_size=4).end for i in range(0, 24, 4)]).std()
     for step in range(6):  # both ways of prompting
         loss, _ = stage.loss(Part(step, range(4 * step, 4 * step + 4)))
-        assert loss.item() < 0.01 * spread * math.sqrt(math.prod(stage.cache.shape))
+        assert loss.item() < 0.01 * spread * math.sqrt(math.prod(stage.source.cache.shape))
 
 
 def test_a_student_learns_from_trajectories_alone(tmp_path: Path) -> None:
@@ -214,7 +217,7 @@ def test_they_count_beside_the_other_losses(tmp_path: Path) -> None:
     torch.manual_seed(0)
     both, metrics = stage.loss(part)
     torch.manual_seed(0)
-    alone, _ = stage.pictures_loss(stage._batch_of(part), 0)
+    alone, _ = loss_of(stage, SCM).student(Batch(stage.distillation, part, is_students_turn=True))
     assert both.item() == pytest.approx(alone.item() + 2 * metrics["trajectory_loss"], rel=1e-5)
     assert "trajectories" in stage.data
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from sana_sprint.train.config import MatchingConfig
 from sana_sprint.train.learner import Learner
-from sana_sprint.train.losses.distribution_matching import Matching, direction
+from sana_sprint.train.losses.distribution_matching import DistributionMatching, MatchingConfig, direction
 from sana_sprint.train.stages.base import Part
+from sana_sprint.train.stages.student import load_transformer
 from sana_sprint.trigflow import Velocity, expand_like
-from tests.helpers.training import chain, full_run, make, parse, student_run
+from tests.helpers.training import chain, full_run, loss_of, make, parse, student_run
 
 SHAPE = (256, 1, 2, 2)
 
@@ -29,9 +29,9 @@ def gaussian(mean: float, std: float) -> Velocity:
     return velocity
 
 
-def make_matching(**settings: object) -> Matching:
+def make_matching(**settings: object) -> DistributionMatching:
     config = MatchingConfig.model_validate({"optimizer": {}, **settings})
-    return Matching(config, None, nn.Identity())  # type: ignore[arg-type]  # its follower is passed to every call
+    return DistributionMatching(config, None, nn.Identity())  # type: ignore[arg-type]  # its fake model is passed to every call
 
 
 def test_pictures_of_the_right_distribution_stay() -> None:
@@ -64,8 +64,8 @@ def test_descending_the_loss_makes_one_distribution_of_the_other() -> None:
     optimizer = torch.optim.Adam([mean, log_std], lr=0.03)
     for _ in range(300):
         fake = mean + log_std.exp() * torch.randn(SHAPE)
-        follower = gaussian(mean.item(), log_std.exp().item())
-        loss = matching.student_loss(fake, gaussian(-1.0, 0.5), follower)
+        fake_model = gaussian(mean.item(), log_std.exp().item())
+        loss = matching.student_loss(fake, gaussian(-1.0, 0.5), fake_model)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -80,7 +80,7 @@ def test_the_losss_gradient_is_the_direction() -> None:
     loss = matching.student_loss(fake, gaussian(0.0, 1.0), gaussian(1.0, 1.0))
     (gradient,) = torch.autograd.grad(loss, fake)
     torch.manual_seed(1)
-    flow_t = matching._times(fake)
+    flow_t = matching.draw_times(fake)
     expected = direction(
         fake.detach(), torch.randn_like(fake), flow_t, gaussian(0.0, 1.0), gaussian(1.0, 1.0)
     )
@@ -88,12 +88,12 @@ def test_the_losss_gradient_is_the_direction() -> None:
     assert loss.item() == pytest.approx(expected.square().flatten(1).sum(1).mean().item() / 2, rel=1e-4)
 
 
-def test_the_weight_grows_while_the_follower_learns() -> None:
+def test_the_weight_grows_while_the_fake_model_catches_up() -> None:
     matching = make_matching(weight=2.0, warmup_steps=10)
     assert [matching.weight(step) for step in (0, 5, 10, 500)] == [0.0, 1.0, 2.0, 2.0]
 
 
-def test_three_players_take_turns_and_the_follower_learns_the_students_pictures(tmp_path: Path) -> None:
+def test_three_players_take_turns_and_the_fake_model_learns_the_students_pictures(tmp_path: Path) -> None:
     stage = make(parse(full_run(tmp_path, chain() / "teacher" / "final")))
     learner = Learner(stage, stage.config)  # type: ignore[attr-defined]
     moved = []
@@ -107,7 +107,7 @@ def test_three_players_take_turns_and_the_follower_learns_the_students_pictures(
                 if any(not torch.equal(a, b) for a, b in zip(module.parameters(), before[name], strict=True))
             }
         )
-    assert moved == [{"student"}, {"discriminator"}, {"follower"}]
+    assert moved == [{"student"}, {"discriminator"}, {"fake_model"}]
 
 
 def test_matching_alone_reaches_every_part_of_the_student(tmp_path: Path) -> None:
@@ -115,9 +115,9 @@ def test_matching_alone_reaches_every_part_of_the_student(tmp_path: Path) -> Non
     del values["discriminator"], values["trajectories"]
     values["matching"]["warmup_steps"] = 0
     stage = make(parse({**values, "scm_weight": 0.0}))
-    # A follower that knows better than the student, or both agree and nothing moves.
+    # A fake model that knows better than the student, or both agree and nothing moves.
     with torch.no_grad():
-        stage.matching.follower.proj_out.weight.add_(0.1)  # type: ignore[attr-defined]
+        loss_of(stage, DistributionMatching).fake_model.proj_out.weight.add_(0.1)  # type: ignore[attr-defined]
     loss, metrics = stage.loss(Part(step=2, indices=range(4)))
     loss.backward()
     assert metrics["matching_loss"] > 0
@@ -144,14 +144,14 @@ def test_a_student_goes_on_from_a_folder(tmp_path: Path) -> None:
         )
     )
     again = make(parse(student_run(tmp_path, folder / "teacher" / "final")))
-    saved = torch.cat([p.flatten() for p in started.transformer.parameters()])  # type: ignore[attr-defined]
-    fresh = torch.cat([p.flatten() for p in again.transformer.parameters()])  # type: ignore[attr-defined]
+    saved = torch.cat([p.flatten() for p in started.models.student.parameters()])  # type: ignore[attr-defined]
+    fresh = torch.cat([p.flatten() for p in again.models.student.parameters()])  # type: ignore[attr-defined]
     assert not torch.equal(saved, fresh)
-    exported = started.load_transformer(folder / "student" / "final")  # type: ignore[attr-defined]
+    exported = load_transformer(folder / "student" / "final")
     assert torch.equal(saved, torch.cat([p.flatten() for p in exported.parameters()]))
 
 
-def test_the_follower_saves_memory_as_the_others_do(tmp_path: Path) -> None:
+def test_the_fake_model_saves_memory_as_the_others_do(tmp_path: Path) -> None:
     values = {**full_run(tmp_path, chain() / "teacher" / "final"), "gradient_checkpointing": True}
     stage = make(parse(values))
-    assert stage.matching.follower.gradient_checkpointing  # type: ignore[attr-defined]
+    assert loss_of(stage, DistributionMatching).fake_model.gradient_checkpointing

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Muon
 
-from sana_sprint.train.config import OptimizerConfig
 from sana_sprint.train.ema import load_optimizer_states, optimizer_states
 from sana_sprint.train.optim.came import CAME
 from sana_sprint.train.optim.optimizers import clip, make_optimizers, rate, set_rate
+from sana_sprint.train.sections import OptimizerConfig
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 

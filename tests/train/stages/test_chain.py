@@ -11,12 +11,13 @@ import torch
 from PIL import Image
 
 from sana_sprint.models.autoencoder import AutoencoderDC
-from sana_sprint.models.transformer import SanaTransformer2DModel
+from sana_sprint.models.transformer import CaptionContext, SanaTransformer2DModel
 from sana_sprint.train import loop
 from sana_sprint.train.data import open_source, pictures
+from sana_sprint.train.models.base import velocity_of
 from sana_sprint.train.stages.captions import drop_captions, embed
 from sana_sprint.train.stages.student import StudentStage
-from sana_sprint.trigflow import flow_denoiser
+from sana_sprint.trigflow import Denoiser, flow_denoiser
 from sana_sprint.weights import load_model
 from tests.helpers.toy_stage import assert_same
 from tests.helpers.training import (
@@ -96,16 +97,20 @@ def test_gradient_checkpointing_changes_no_number(chain: Path, tmp_path: Path) -
         assert_same(tmp_path / f"{name}-True", tmp_path / f"{name}-False")
 
 
+def denoiser(stage: StudentStage, context: CaptionContext, guidance: torch.Tensor) -> Denoiser:
+    return flow_denoiser(velocity_of(stage.models.student, context, guidance))
+
+
 def test_the_student_starts_equal_to_its_teacher(chain: Path) -> None:
     run = parse(student_run(chain / "fresh", chain / "teacher" / "final"))
     stage = StudentStage(run, report=silent)  # type: ignore[arg-type]
-    embeddings = embed(stage.encoder, ["a red square", "a blue square"], instruction=True)
+    embeddings = embed(stage.source.encoder, ["a red square", "a blue square"], instruction=True)
     u, t = torch.randn(2, 4, 4, 4), torch.tensor([0.3, 1.5])
-    context = stage.teacher.encode_caption(embeddings.embeds, embeddings.mask)
-    teacher_F = flow_denoiser(lambda x, s: stage.teacher(x, s, context))(u, t)
+    context = stage.models.teacher.encode_caption(embeddings.embeds, embeddings.mask)
+    teacher_F = flow_denoiser(lambda x, s: stage.models.teacher(x, s, context))(u, t)
     for guidance in (4.0, 5.0):
-        told = stage.context(stage.transformer, embeddings.embeds, embeddings.mask, None)
-        student_F = stage.denoiser(told, torch.full((2,), guidance))(u, t)
+        told = stage.models.validation_context(stage.models.student, embeddings.embeds, embeddings.mask)
+        student_F = denoiser(stage, told, torch.full((2,), guidance))(u, t)
         # Fused and plain attention sum in different orders; otherwise equal.
         torch.testing.assert_close(student_F, teacher_F, rtol=0, atol=1e-5)
 
@@ -117,21 +122,21 @@ def test_guidance_reaches_the_student(chain: Path) -> None:
     )
     stage = StudentStage(run, report=silent)  # type: ignore[arg-type]
     loop.run(stage, run, report=silent)
-    first = stage.transformer.get_parameter("time_embed.guidance_embedder.linear_2.weight")
+    first = stage.models.student.get_parameter("time_embed.guidance_embedder.linear_2.weight")
     assert first.abs().max() > 0
-    embeddings = embed(stage.encoder, ["a red square"], instruction=False)
+    embeddings = embed(stage.source.encoder, ["a red square"], instruction=False)
     u, t = torch.randn(1, 4, 4, 4), torch.tensor([1.0])
-    told = stage.context(stage.transformer, embeddings.embeds, embeddings.mask, None)
-    low, high = (stage.denoiser(told, torch.tensor([w]))(u, t) for w in (1.0, 9.0))
+    told = stage.models.validation_context(stage.models.student, embeddings.embeds, embeddings.mask)
+    low, high = (denoiser(stage, told, torch.tensor([w]))(u, t) for w in (1.0, 9.0))
     assert (low - high).abs().max() > 0
 
 
 def test_hiding_all_but_bos_is_the_empty_prompt(chain: Path) -> None:
     run = parse(student_run(chain / "fresh", chain / "teacher" / "final"))
     stage = StudentStage(run, report=silent)  # type: ignore[arg-type]
-    model: SanaTransformer2DModel = stage.teacher
-    captioned = embed(stage.encoder, ["a red square"], instruction=True)
-    empty = embed(stage.encoder, [""], instruction=False)
+    model: SanaTransformer2DModel = stage.models.teacher
+    captioned = embed(stage.source.encoder, ["a red square"], instruction=True)
+    empty = embed(stage.source.encoder, [""], instruction=False)
     mask = drop_captions(captioned.mask, torch.tensor([True]))
     x, s = torch.randn(1, 4, 4, 4), torch.tensor([0.5])
     dropped = model(x, s, model.encode_caption(captioned.embeds, mask))

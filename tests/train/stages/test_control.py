@@ -210,7 +210,7 @@ def test_the_second_stage_starts_from_the_first_and_moves_its_branch_alone(
     run = parse(control_student_run(tmp_path / "run", chain))
     stage = make(run)
     assert isinstance(stage, ControlStudentStage)
-    teacher, student = stage.teacher, stage.transformer
+    teacher, student = stage.models.teacher, stage.models.student
     assert isinstance(teacher, ControlledTransformer)
     assert isinstance(student, ControlledTransformer)
     first = load_model(SanaControlNetModel, chain / "control-teacher" / "final" / "controlnet")

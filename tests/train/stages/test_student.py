@@ -17,16 +17,16 @@ from sana_sprint.models.transformer import SanaTransformer2DModel
 from sana_sprint.train import loop
 from sana_sprint.train.config import RunConfig, StudentRun
 from sana_sprint.train.learner import Learner
-from sana_sprint.train.losses.scm import prior_weight
+from sana_sprint.train.losses import Adversarial
 from sana_sprint.train.models.student import Student, with_guidance
 from sana_sprint.train.stages.autoencoder import AutoencoderStage
 from sana_sprint.train.stages.base import Part
 from sana_sprint.train.stages.student import StudentStage
 from sana_sprint.train.stages.teacher import TeacherStage
-from sana_sprint.trigflow import T_MAX
+from sana_sprint.trigflow import T_MAX, prior_weight
 from sana_sprint.weights import load_model, save_model
 from tests.helpers.models import tiny_transformer
-from tests.helpers.training import autoencoder_run, hybrid_run, student_run, teacher_run
+from tests.helpers.training import autoencoder_run, hybrid_run, loss_of, student_run, teacher_run
 
 
 def parse(values: dict[str, Any]) -> Any:
@@ -70,14 +70,14 @@ def test_players_take_turns_and_only_the_one_whose_turn_it_is_moves(make_stage) 
     stage = make_stage()
     learner = Learner(stage, stage.config)
     student, heads = stage.players["student"], stage.players["discriminator"]
-    teacher_before = copies(stage.teacher)
+    teacher_before = copies(stage.models.teacher)
     for step, expected in enumerate(["student", "discriminator", "student", "discriminator"]):
         before = {"student": copies(student), "discriminator": copies(heads)}
         assert stage.player(step) == expected
         learner.step(step)
         changed = {name for name, module in stage.players.items() if moved(module, before[name])}
         assert changed == {expected}
-    assert not moved(stage.teacher, teacher_before)
+    assert not moved(stage.models.teacher, teacher_before)
 
 
 def test_the_hybrid_loss_is_the_weighted_sum_of_its_parts(make_stage) -> None:
@@ -138,13 +138,13 @@ def test_max_time_weighting_starts_from_pure_noise(make_stage, rate: float, expe
         return torch.zeros_like(u)
 
     u0 = torch.randn(64, 4, 4, 4)
-    stage.pictures(student, u0)
+    stage.distillation.pictures(student, u0)
     assert [(t == torch.tensor(T_MAX)).float().mean().item() for t in times] == [expected]
 
 
 def test_the_student_gets_the_whole_gradient_of_the_discriminators_verdict(make_stage) -> None:
     stage = make_stage()
-    adversary = stage.adversary
+    adversary = loss_of(stage, Adversarial)
     u0, weight = torch.randn(4, 4, 4, 4), torch.tensor(0.3, requires_grad=True)
     context = adversary.teacher.encode_caption(torch.randn(4, 3, 16))
 
@@ -152,15 +152,15 @@ def test_the_student_gets_the_whole_gradient_of_the_discriminators_verdict(make_
         return weight * u
 
     def plain(fake: torch.Tensor) -> torch.Tensor:
-        t = adversary._judging_times(len(fake))
-        return -adversary.discriminator(adversary._features(fake, t, context)).mean()
+        t = adversary.draw_times(len(fake))
+        return -adversary.discriminator(adversary.features(fake, t, context)).mean()
 
     found = []
     state = copy.deepcopy(adversary.discriminator.state_dict())  # a pass moves the spectral norms' vectors
-    for loss_of in (plain, lambda fake: adversary.student_loss(fake, context)):
+    for compute in (plain, lambda fake: adversary.student_loss(fake, context)):
         adversary.discriminator.load_state_dict(state)
         torch.manual_seed(2)
-        loss = loss_of(stage.pictures(student, u0))
+        loss = compute(stage.distillation.pictures(student, u0))
         found.append((loss.item(), torch.autograd.grad(loss, weight)[0].item()))
     assert found[1] == pytest.approx(found[0], rel=1e-5)  # the same sums
     assert found[0][1] != 0
@@ -168,14 +168,14 @@ def test_the_student_gets_the_whole_gradient_of_the_discriminators_verdict(make_
 
 def test_misaligned_pairs_are_real_pictures_with_the_neighbours_caption(make_stage, monkeypatch) -> None:
     seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-    adversary = make_stage().adversary
-    original = adversary._features
+    adversary = loss_of(make_stage(), Adversarial)
+    original = adversary.features
 
     def record(u0, t, context):
         seen.append((u0, t, context.keys[0]))
         return original(u0, t, context)
 
-    monkeypatch.setattr(adversary, "_features", record)
+    monkeypatch.setattr(adversary, "features", record)
     u0 = torch.randn(3, 4, 4, 4)  # not a multiple of anything
     context = adversary.teacher.encode_caption(torch.randn(3, 3, 16))
     adversary.discriminator_loss(torch.randn_like(u0), u0, context)
@@ -243,11 +243,9 @@ def test_a_teacher_whose_time_is_not_dense_is_refused() -> None:
 def test_a_single_pair_is_never_misaligned(make_stage, monkeypatch) -> None:
     """Rolled by one, a batch of one is itself: a true pair that would be called fake."""
     seen: list[int] = []
-    adversary = make_stage().adversary
-    original = adversary._features
-    monkeypatch.setattr(
-        adversary, "_features", lambda u0, t, c: (seen.append(len(u0)), original(u0, t, c))[1]
-    )
+    adversary = loss_of(make_stage(), Adversarial)
+    original = adversary.features
+    monkeypatch.setattr(adversary, "features", lambda u0, t, c: (seen.append(len(u0)), original(u0, t, c))[1])
     context = adversary.teacher.encode_caption(torch.randn(1, 3, 16))
     adversary.discriminator_loss(torch.randn(1, 4, 4, 4), torch.randn(1, 4, 4, 4), context)
     assert seen == [1, 1]

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,7 +16,6 @@ from torch import Tensor
 from sana_sprint.models.autoencoder import AutoencoderDC
 from sana_sprint.resolutions import PIXELS_AT_ONCE
 from sana_sprint.train.cache.files import Part, cut, digest, make_parts, read_part, write_part
-from sana_sprint.train.config import AdaptationRun, ControlTeacherRun, StudentRun, TeacherRun
 from sana_sprint.train.data.pictures import fit_bucket, to_tensor
 from sana_sprint.train.data.prefetch import read_ahead
 from sana_sprint.train.data.readers.base import Sample, Unreadable
@@ -28,6 +28,9 @@ from sana_sprint.train.data.source import (
     open_source,
     refuse_too_many,
 )
+
+if TYPE_CHECKING:
+    from sana_sprint.train.config import AdaptationRun, ControlTeacherRun, StudentRun, TeacherRun
 
 _FORMAT = "latents 2: bf16, of a bf16 autocast"  # part of every key; changes with what the files hold
 _Shape = tuple[int, int, int]

@@ -1,31 +1,45 @@
-"""The guided teacher's trajectories, computed once and kept on disk, and the loss that a student has on them.
-
-All points of a trajectory have one clean picture, its end. That is what a consistency function is; the consistency loss
-learns it from its own derivative and here it is shown (knowledge distillation, arXiv 2101.02388, from every point of
-the path). SANA-Sprint has no such loss.
-"""
+"""The guided teacher's trajectories, computed once and kept on disk."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from sana_sprint.train.cache.files import PART_SIZE, Part, cut, digest, make_parts, read_part, write_part
-from sana_sprint.train.config import StudentRun, TrajectoriesConfig
 from sana_sprint.train.data.sampler import BucketOrder
+from sana_sprint.train.sections import Section
 from sana_sprint.trigflow import T_MAX, Velocity, expand_like, flow_to_trig, trig_to_flow
+
+if TYPE_CHECKING:
+    from sana_sprint.train.config import StudentRun
 
 _FORMAT = "trajectories 1: bf16"  # part of every key; changes with what the files hold
 CHUNK_SIZE = 64  # trajectories that are computed together; they have one shape and one way of prompting
 
 
+class TrajectoriesConfig(Section):
+    """`[trajectories]`: regression on the ends of the teacher's trajectories."""
+
+    # How many are computed before the run and kept on disk, each of so many Euler steps with guidance.
+    count: int = Field(ge=1)
+    num_steps: int = Field(default=16, ge=1)
+    # Factor of the loss beside the consistency loss.
+    weight: float = Field(default=1.0, gt=0)
+    # Part of the trajectories that start from pure noise; the others start from noised pictures.
+    noise_rate: float = Field(default=0.5, ge=0, le=1)
+    # Part of the visits that are to a trajectory's start; the others are to any of its points.
+    start_rate: float = Field(default=0.3, ge=0, le=1)
+
+
 @dataclass(frozen=True)
 class Traced:
-    """A chunk of trajectories and what their teacher was told."""
+    """A chunk of trajectories and the conditions of their teacher."""
 
     points: Tensor  # (B,N+1,C,H,W), at flow times s0 (1 - k/N)
     flow_t: Tensor  # (B,), s0
@@ -118,15 +132,6 @@ def trace(velocity: Velocity, u: Tensor, t: Tensor, *, num_steps: int) -> Tensor
     return torch.stack(points, 1).bfloat16()
 
 
-def end_loss(clean: Tensor, end: Tensor) -> Tensor:
-    """Distance of what the student makes of points from their trajectories' ends (B,C,H,W), mean over samples.
-
-    The norm and not its square: where a path is not decided yet, the student goes to one of the ends rather than
-    between them, and no sample outweighs another. As the other losses' its gradient by a picture has a norm of 1.
-    """
-    return (clean - end).square().flatten(1).sum(1).add(1e-6).sqrt().mean()
-
-
 def cached_trajectories(
     folder: Path,
     config: TrajectoriesConfig,
@@ -182,7 +187,7 @@ def trajectory_settings(
         "seed",
         "precision",
         "instruction_rate",
-        *(name for name in StudentRun.model_fields if "guidance" in name),
+        *(name for name in type(config).model_fields if "guidance" in name),
     )
     used = {name: getattr(config, name) for name in fields}
     return used, dict(latents), text_encoder, *teacher

@@ -1,4 +1,4 @@
-"""Which files of the caches runs read, so that the others can be deleted."""
+"""Finds the cache files that no run reads, so that they can be deleted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sana_sprint.models.text_encoder import PromptEncoder, load_text_encoder, lo
 from sana_sprint.models.transformer import SanaTransformer2DModel
 from sana_sprint.train.cache.embeddings import embedding_files
 from sana_sprint.train.cache.latents import captions_of, latent_files
-from sana_sprint.train.cache.trajectories import trajectory_files, trajectory_settings
+from sana_sprint.train.cache.trajectories import TrajectoriesConfig, trajectory_files, trajectory_settings
 from sana_sprint.train.config import (
     AnyRun,
     AutoencoderRun,
@@ -105,7 +105,8 @@ def _text_files(config: FrozenTextRun, folder: Path, latents: list[Path], models
 def _trajectory_files(
     config: FrozenTextRun, folder: Path, models: Path, latents: Mapping[str, str]
 ) -> list[Path]:
-    if not isinstance(config, StudentRun) or config.trajectories is None:
+    section = config.sections().get("trajectories") if isinstance(config, StudentRun) else None
+    if not isinstance(config, StudentRun) or not isinstance(section, TrajectoriesConfig):
         return []
     teacher: list[nn.Module] = [
         load_model(SanaTransformer2DModel, models / "transformer", dtype=torch.float32)
@@ -114,7 +115,7 @@ def _trajectory_files(
         teacher.append(load_model(SanaControlNetModel, config.controlnet, dtype=torch.float32))
     text_encoder = load_text_encoder(models / "text_encoder")
     settings = trajectory_settings(config, latents, text_encoder, *teacher)
-    return trajectory_files(folder, config.trajectories, settings)
+    return trajectory_files(folder, section, settings)
 
 
 def _condition(config: FrozenTextRun) -> str | None:

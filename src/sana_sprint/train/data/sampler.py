@@ -1,13 +1,17 @@
-"""Which sample stands where in the endless stream of training: pure functions, so that a resumed run needs no state."""
+"""The sampling order, as a pure function of the position in the stream, so that a resumed run needs no state."""
 
 from __future__ import annotations
 
 import bisect
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from sana_sprint.train import distributed
 
 
 def shuffled(indices: range, count: int, seed: int) -> Tensor:
@@ -78,3 +82,40 @@ class BucketOrder:
 
     def _turns_before(self, epoch: int) -> Tensor:
         return (epoch * self.sizes + self.offsets) // self.batch_size
+
+
+@dataclass(frozen=True)
+class Part:
+    """One forward and backward pass worth of a step."""
+
+    step: int  # optimisation step, from 0; all players' turns are counted together
+    indices: range  # positions in the stream of samples
+
+
+class Schedule(Protocol):
+    """The fields of `config.ScheduleConfig` that divide a batch."""
+
+    @property
+    def batch_size(self) -> int: ...
+
+    @property
+    def accumulation(self) -> int: ...
+
+
+def own_parts(step: int, schedule: Schedule) -> Iterator[tuple[int, Part]]:
+    """This process's parts of a step, each with its number among all processes' parts.
+
+    Part k of n takes samples k, k + n, k + 2n, ... of the step's batch, so what a step computes depends on n alone, not
+    on how many processes share it.
+
+    Raises:
+        ValueError: the batch cannot be cut into equal parts.
+    """
+    batch_size, accumulation = schedule.batch_size, schedule.accumulation
+    count = distributed.world_size() * accumulation
+    if batch_size % count:
+        raise ValueError(
+            f"schedule.batch_size must be divisible by processes x schedule.accumulation = {count}; got {batch_size}"
+        )
+    for number in range(distributed.rank() * accumulation, (distributed.rank() + 1) * accumulation):
+        yield number, Part(step, range(step * batch_size + number, (step + 1) * batch_size, count))

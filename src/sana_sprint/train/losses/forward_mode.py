@@ -32,8 +32,8 @@ from sana_sprint.models.layers import (
     wide_dtype,
 )
 from sana_sprint.models.transformer import CaptionContext, SanaTransformer2DModel, SanaTransformerBlock
+from sana_sprint.train.models.base import FlowModel
 from sana_sprint.train.models.controlled import ControlledContext, ControlledTransformer
-from sana_sprint.train.stages.captions import FlowModel
 
 aten = torch.ops.aten
 

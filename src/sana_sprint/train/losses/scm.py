@@ -1,4 +1,4 @@
-"""The losses of SANA-Sprint: continuous-time consistency (sCM) in unit space, and adversarial (LADD). Pure functions.
+"""The continuous-time consistency loss (sCM) in unit space.
 
 Algorithm 2 and equations of section 3.2 (arXiv 2503.09641), with everything divided by sigma_d: u = x_t/sigma_d, and
 the teacher's velocity dx_t/dt / sigma_d is its network output F. The tangent's normalisation constant c = 0.1 then
@@ -7,15 +7,68 @@ becomes c/sigma_d, and g below equals the paper's normalised g.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
 
-from sana_sprint.models.layers import autocast_off
-from sana_sprint.trigflow import SIGMA_DATA, Denoiser, expand_like
+from sana_sprint.train.losses.base import Loss
+from sana_sprint.train.losses.tangent import Tangent, make_tangent
+from sana_sprint.train.metrics import Metrics, by_level
+from sana_sprint.train.optim.optimizers import warmed_up
+from sana_sprint.train.sections import Section
+from sana_sprint.trigflow import (
+    SIGMA_DATA,
+    Denoiser,
+    add_noise,
+    expand_like,
+    flow_denoiser,
+    prior_weight,
+    trig_to_flow,
+)
+
+if TYPE_CHECKING:
+    from sana_sprint.train.distillation import Batch, Distillation
 
 TANGENT_CONSTANT = 0.1  # c of the tangent's normalisation, in the paper's space
+
+
+class SCM(Loss):
+    """The consistency loss of a student whose dF/dt is computed by `tangent`, with weight `weight`.
+
+    `warmup_steps`: steps, of all players, over which the tangent's weight r grows from 0 to 1.
+    """
+
+    def __init__(self, weight: float, tangent: Tangent, warmup_steps: int) -> None:
+        self.weight = weight
+        self.tangent = tangent
+        self.warmup_steps = warmup_steps
+
+    @classmethod
+    def make(cls, distillation: Distillation, section: Section | None) -> Self | None:
+        """From the run's fields `scm_weight`, `tangent` and `tangent_warmup_steps`."""
+        config = distillation.config
+        if not config.scm_weight:
+            return None
+        return cls(config.scm_weight, make_tangent(config.tangent), config.tangent_warmup_steps)
+
+    def student(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        """The weighted loss at angles of its own."""
+        u0, guidance, context = batch.u0, batch.guidance, batch.context
+        t = batch.draw_times()
+        u = add_noise(u0, torch.randn_like(u0), t)
+        with torch.no_grad():
+            teacher_F = flow_denoiser(batch.teacher)(u, t).float()
+            tangent = self.tangent(batch.models.student, context, u, t, teacher_F, guidance)
+        F = batch.student(u, t).float()
+        warmup = warmed_up(batch.step, self.warmup_steps)
+        g = consistency_target(F.detach(), teacher_F, tangent, u, t, tangent_weight=warmup)
+        loss, metrics = scm_loss(F, g, t, batch.log_variance(t))
+        metrics["tangent_norm"] = tangent.flatten(1).norm(dim=1).mean().item()
+        directions = direction_norm(g)
+        metrics["direction_norm"] = directions.mean().item()
+        metrics |= by_level("direction_norm", directions, trig_to_flow(t))
+        return self.weight * loss, metrics
 
 
 def scaled_tangent(student: Denoiser, u: Tensor, t: Tensor, teacher_F: Tensor) -> Tensor:
@@ -51,11 +104,6 @@ def consistency_target(
     return g / (expand_like(norm, g) + TANGENT_CONSTANT / SIGMA_DATA)
 
 
-def prior_weight(t: Tensor) -> Tensor:
-    """w(t) = 1/(sigma_d tan t), the fixed part of the loss's weight: (B,)."""
-    return 1 / (SIGMA_DATA * torch.tan(t))
-
-
 def scm_loss(F: Tensor, g: Tensor, t: Tensor, logvar: Tensor) -> tuple[Tensor, dict[str, float]]:
     """mean over elements of w(t)/e^logvar (F - F_detached - g)^2 + logvar, with the prior weight w = 1/(sigma_d tan t).
 
@@ -77,41 +125,3 @@ def direction_norm(g: Tensor) -> Tensor:
     norm = g.flatten(1).double().norm(dim=1)
     before: Tensor = norm / (1 - norm) * (TANGENT_CONSTANT / SIGMA_DATA)
     return before.float()
-
-
-def hinge_discriminator(real: Tensor, fake: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """(mean max(0, 1 - real) + mean max(0, 1 + fake)) / 2, the hinge loss of the heads (section 3.3).
-
-    Args:
-        real: logits of noised pictures with their own captions, of any shape.
-        fake: logits of noised student pictures, and of pictures with other captions.
-
-    Returns:
-        The loss, and what tells a stuck game: mean logits, and the saturated parts, which give no gradient.
-    """
-    loss = (torch.relu(1 - real).mean() + torch.relu(1 + fake).mean()) / 2
-    metrics = {
-        "real_logit": real.detach().mean().item(),
-        "fake_logit": fake.detach().mean().item(),
-        "real_saturated": (real.detach() > 1).float().mean().item(),
-        "fake_saturated": (fake.detach() < -1).float().mean().item(),
-    }
-    return loss, metrics
-
-
-def hinge_generator(fake: Tensor) -> Tensor:
-    """-mean of the logits: what the student minimises."""
-    return -fake.mean()
-
-
-def r1_penalty(logits: Tensor, features: Sequence[Tensor]) -> Tensor:
-    """Squared gradient norm of each sample's summed logits by the heads' inputs, mean over samples (R1).
-
-    Args:
-        logits: of real samples, (B,n).
-        features: what the heads made them from, (B,N,D) each, with `requires_grad`.
-    """
-    with autocast_off(logits.device):  # a backward pass runs in the dtypes of its forward
-        gradients = torch.autograd.grad(logits.sum(), list(features), create_graph=True)
-    squares: list[Tensor] = [gradient.float().square().sum() for gradient in gradients]
-    return torch.stack(squares).sum() / len(logits)

@@ -21,8 +21,8 @@ from sana_sprint.models.controlnet import ControlContext
 from sana_sprint.models.layers import autocast_off
 from sana_sprint.models.transformer import CaptionContext
 from sana_sprint.train.losses.forward_mode import Dual, transform
+from sana_sprint.train.models.base import FlowModel, velocity_of
 from sana_sprint.train.models.controlled import ControlledContext
-from sana_sprint.train.stages.captions import FlowModel, velocity_of
 from sana_sprint.trigflow import Denoiser, expand_like, flow_denoiser, trig_to_flow
 
 TangentKind = Literal["dual", "jvp", "difference"]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from sana_sprint.models.transformer import CaptionContext
-from sana_sprint.train.stages.captions import FlowModel
+from sana_sprint.train.models.base import FlowModel
 from sana_sprint.trigflow import expand_like, trig_to_flow
 
 VIRTUAL_BATCH = 8

@@ -9,21 +9,20 @@ from torch import Tensor, nn
 
 from sana_sprint.models.layers import ScalarEmbedder, autocast_off
 from sana_sprint.models.transformer import SanaTransformer2DModel
-from sana_sprint.train.losses.scm import prior_weight
 from sana_sprint.train.models.adaptation import spread_thresholds
-from sana_sprint.train.stages.captions import FlowModel
-from sana_sprint.trigflow import trig_to_flow
+from sana_sprint.train.models.base import FlowModel
+from sana_sprint.trigflow import prior_weight, trig_to_flow
 
 _GUIDANCE_STEEPNESS = 3.0
 
 
 class Student(nn.Module):
-    """What learns of a transformer with guidance embedding, and the log variance of its loss.
+    """The trained part of a transformer with guidance embedding, and the log variance of its loss.
 
     Args:
         transformer: with guidance embedding.
         latent_size: numbers in a latent, C*H*W.
-        learning: the part of the transformer that learns; None for all of it.
+        learning: the trained part of the transformer; None for all of it.
     """
 
     def __init__(self, transformer: FlowModel, latent_size: int, learning: nn.Module | None = None) -> None:
@@ -41,9 +40,8 @@ class Student(nn.Module):
     def log_variance(self, t: Tensor, guidance: Tensor) -> Tensor:
         """Of the loss at angles t (B,) and guidance scales (B,): (B,) fp32.
 
-        log w(t) plus a linear map of the time embedding. It settles where it would without log w(t), the released
-        form; but it starts there too. From a constant, small times outweigh large ones a thousandfold until the map has
-        learnt to make up for w(t).
+        log w(t) plus a linear map of the time embedding. It has the same optimum as without log w(t), the released form, and
+        is initialised there. From a constant, small times outweigh large ones a thousandfold until the map has learnt w(t).
         """
         _, embedding = self._embed_time(trig_to_flow(t), guidance)
         with autocast_off(t.device):  # bf16 steps near -10 are 0.06, 6% of the loss's weight

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
-from sana_sprint.train.config import OptimizerConfig
 from sana_sprint.train.optim.came import CAME
+from sana_sprint.train.sections import OptimizerConfig
 
 Named = Sequence[tuple[str, Tensor]]
 

@@ -9,8 +9,9 @@ from sana_sprint.models.transformer import SanaTransformer2DModel
 from sana_sprint.train.config import AdaptationRun
 from sana_sprint.train.losses.flow import logit_normal_times
 from sana_sprint.train.models.adaptation import densify_time, with_qk_norm
+from sana_sprint.train.models.base import velocity_of
 from sana_sprint.train.stages.base import Report, autocast
-from sana_sprint.train.stages.captions import embed, frozen_embed, velocity_of
+from sana_sprint.train.stages.captions import embed, frozen_embed
 from sana_sprint.train.stages.flow import FlowStage
 from sana_sprint.weights import load_model, resolve_folder
 

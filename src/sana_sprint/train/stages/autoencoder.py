@@ -20,7 +20,7 @@ from sana_sprint.train.data import VALIDATION_START, channels_last, open_source,
 from sana_sprint.train.data.pictures import fit
 from sana_sprint.train.data.prefetch import Ahead
 from sana_sprint.train.data.readers.base import Sample
-from sana_sprint.train.learner import own_parts
+from sana_sprint.train.data.sampler import own_parts
 from sana_sprint.train.stages.base import Metrics, Part, Report, autocast
 from sana_sprint.weights import load_model, save_model
 
@@ -100,7 +100,7 @@ class AutoencoderStage:
     def _from(self, part: Part) -> Iterator[Part]:
         """This part and those that follow it in this process, to the end of the training."""
         steps = range(part.step, self.config.schedule.steps)
-        own = (each for step in steps for _, each in own_parts(step, self.config))
+        own = (each for step in steps for _, each in own_parts(step, self.config.schedule))
         return itertools.dropwhile(lambda each: each != part, own)
 
 

@@ -1,4 +1,4 @@
-"""Captions to what the transformer attends to, with gradients, and with the unconditional case.
+"""Encoding of captions in training: with gradients, from a cache, and without a caption.
 
 The text encoder is causal and bos stands first, so bos looks the same whatever follows it. Hiding every token
 but bos therefore is the empty prompt, exactly, and needs no pass of its own.
@@ -6,26 +6,22 @@ but bos therefore is the empty prompt, exactly, and needs no pass of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from sana_sprint.models.text_encoder import PromptEmbeddings, PromptEncoder
 from sana_sprint.models.transformer import (
     CaptionContext,
     SanaTransformer2DModel,
-    SanaTransformerBlock,
-    TransformerConfig,
 )
 from sana_sprint.prompts import COMPLEX_HUMAN_INSTRUCTION
 from sana_sprint.train.cache.embeddings import cached_embeddings
 from sana_sprint.train.config import AdaptationRun, ControlTeacherRun, StudentRun
-from sana_sprint.trigflow import Velocity
 
-FrozenTextRun = AdaptationRun | ControlTeacherRun | StudentRun  # whose text encoder does not learn
+FrozenTextRun = AdaptationRun | ControlTeacherRun | StudentRun  # with a frozen text encoder
 
 
 def embed(encoder: PromptEncoder, captions: Sequence[str], *, instruction: bool) -> PromptEmbeddings:
@@ -33,39 +29,6 @@ def embed(encoder: PromptEncoder, captions: Sequence[str], *, instruction: bool)
     return encoder.encode(
         captions, complex_human_instruction=COMPLEX_HUMAN_INSTRUCTION if instruction else None
     )
-
-
-class FlowModel(Protocol):
-    """What losses need of a transformer, whose methods these are; `control.ControlledTransformer` has them too.
-
-    The context is what that model's own encoding of captions returns.
-    """
-
-    gradient_checkpointing: bool
-
-    @property
-    def config(self) -> TransformerConfig: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def blocks(self) -> list[SanaTransformerBlock]: ...
-
-    def __call__(
-        self, hidden_states: Tensor, timestep: Tensor, context: Any, guidance: Tensor | None = None
-    ) -> Tensor: ...
-
-    def block_outputs(
-        self, hidden_states: Tensor, timestep: Tensor, context: Any, guidance: Tensor | None = None
-    ) -> Iterator[Tensor]: ...
-
-    def embed_time(self, timestep: Tensor, guidance: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
-
-    def set_fused_attention(self, fused: bool) -> None: ...
 
 
 class Embed(Protocol):
@@ -81,7 +44,7 @@ def frozen_embed(
     *,
     report: Callable[[str], None],
 ) -> Embed:
-    """`embed` of an encoder that does not learn; if the run says `cache_text`, from caches of all pictures' captions."""
+    """`embed` of a frozen encoder; with `cache_text`, from caches of all pictures' captions."""
     if not config.cache_text:
         return partial(embed, encoder)
     texts = [text for each in captions for text in each]
@@ -103,7 +66,7 @@ def frozen_embed(
 
 
 def instructions(config: FrozenTextRun) -> dict[bool, Sequence[str] | None]:
-    """What is put in front of captions, with the instruction (True) and without, as far as the run does either."""
+    """The texts put in front of captions, with the instruction (True) and without, as far as the run uses either."""
     with_it: dict[bool, Sequence[str] | None] = (
         {True: COMPLEX_HUMAN_INSTRUCTION} if config.instruction_rate else {}
     )
@@ -120,9 +83,3 @@ def drop_captions(mask: Tensor, dropped: Tensor) -> Tensor:
 def unconditional(transformer: SanaTransformer2DModel, embeddings: PromptEmbeddings) -> CaptionContext:
     """The empty prompt's context, one row for each of the embeddings' rows."""
     return transformer.encode_caption(embeddings.embeds[:, :1])
-
-
-def velocity_of(transformer: FlowModel, context: CaptionContext, guidance: Tensor | None = None) -> Velocity:
-    """The transformer as a function of noisy latents and flow time in [0,1], told captions and guidance (B,)."""
-    scale = transformer.config.time_scale
-    return lambda x, flow_t: transformer(x, flow_t * scale, context, guidance)

@@ -23,17 +23,19 @@ from sana_sprint.models.text_encoder import (
     load_tokenizer,
 )
 from sana_sprint.models.transformer import CaptionContext, SanaTransformer2DModel
+from sana_sprint.train import distributed
 from sana_sprint.train.cache.latents import LatentCache, cached_latents
 from sana_sprint.train.cache.trajectories import trajectory_settings
-from sana_sprint.train.config import ControlStudentRun, ControlTeacherRun
+from sana_sprint.train.config import ControlStudentRun, ControlTeacherRun, StudentRun
 from sana_sprint.train.data import VALIDATION_START, open_source
 from sana_sprint.train.data.pictures import fit, to_tensor
+from sana_sprint.train.models.base import FlowModel, velocity_of
 from sana_sprint.train.models.controlled import ConditionSource, ControlledTransformer
 from sana_sprint.train.models.student import with_guidance
 from sana_sprint.train.stages.base import Metrics, Report
-from sana_sprint.train.stages.captions import FlowModel, frozen_embed, velocity_of
+from sana_sprint.train.stages.captions import frozen_embed
 from sana_sprint.train.stages.flow import NUM_VALIDATION_CAPTIONS, FlowStage
-from sana_sprint.train.stages.student import StudentStage
+from sana_sprint.train.stages.student import StudentStage, TeacherFolder, load_transformer
 from sana_sprint.trigflow import Velocity
 from sana_sprint.weights import load_model, resolve_folder, save_model
 
@@ -85,10 +87,8 @@ class Conditions:
             encoded = [autoencoder.encode(each[None].to(self.device)) for each in self.pictures]
         self.validation = torch.cat(encoded) * autoencoder.config.scaling_factor
 
-    def latents(self, indices: Tensor | None, count: int) -> Tensor:
-        """(B,C,h,w) of the samples at these places of the cache, or of the first `count` validation samples."""
-        if indices is None:
-            return self.validation[:count]
+    def latents(self, indices: Tensor) -> Tensor:
+        """(B,C,h,w) of the samples at these places of the cache."""
         return self.cache.latents(indices).to(self.device)
 
     def show(self, folder: Path, count: int) -> None:
@@ -123,7 +123,7 @@ class ControlTeacherStage(FlowStage):
 
     def context(self, order: Tensor, embeds: Tensor, mask: Tensor) -> CaptionContext:
         """Captions and conditions."""
-        return self.controlled.encode(self.conditions.latents(order, len(order)), embeds, mask)
+        return self.controlled.encode(self.conditions.latents(order), embeds, mask)
 
     def velocity(self, context: CaptionContext) -> Velocity:
         """The steered teacher."""
@@ -131,7 +131,7 @@ class ControlTeacherStage(FlowStage):
 
     def validation_contexts(self, embeddings: PromptEmbeddings) -> tuple[CaptionContext, CaptionContext]:
         """Both follow the conditions: guidance is about the caption."""
-        latents = self.conditions.latents(None, len(embeddings.embeds))
+        latents = self.conditions.validation[: len(embeddings.embeds)]
         return (
             self.controlled.encode(latents, embeddings.embeds, embeddings.mask),
             self.controlled.encode(latents, embeddings.embeds[:, :1]),
@@ -147,61 +147,68 @@ class ControlTeacherStage(FlowStage):
         save_model(self.controlled.controlnet, folder / "controlnet")
 
 
-class ControlStudentStage(StudentStage):
-    """The distillation of `StudentStage`, of which only the branch learns. It starts as the teacher's, or as that of `start`."""
+class ControlledModels:
+    """A teacher and a student, both with a control branch. Only the student's branch is trained.
 
-    config: ControlStudentRun
+    It starts as the teacher's branch, or as that of `start`.
+    """
 
-    def models(self) -> tuple[FlowModel, FlowModel, nn.Module]:
-        """The steered teacher, the steered student, and the student's branch."""
+    def __init__(self, config: StudentRun, source: TeacherFolder, report: Report) -> None:
+        assert isinstance(config, ControlStudentRun)
+        self.config, self.source = config, source
         self.conditions = Conditions(
-            self.config, self.config.condition, self.cache, self.autoencoder, report=self.report
+            config, config.condition, source.cache, source.autoencoder, report=report
         )
-        teacher = self.load_transformer(self.folder)
-        self.student_folder = resolve_folder(str(self.config.student))
-        student = self.load_transformer(self.student_folder)
-        start = self.config.start and resolve_folder(str(self.config.start)) / "controlnet"
+        teacher = load_transformer(source.folder)
+        self.student_folder = resolve_folder(str(config.student))
+        student = load_transformer(self.student_folder)
+        start = config.start and resolve_folder(str(config.start)) / "controlnet"
         branches = [
-            load_model(SanaControlNetModel, folder, dtype=torch.float32, device=self.device)
-            for folder in (self.config.controlnet, start or self.config.controlnet)
+            load_model(SanaControlNetModel, folder, dtype=torch.float32, device=distributed.device())
+            for folder in (config.controlnet, start or config.controlnet)
         ]
-        return (
-            ControlledTransformer(teacher, branches[0].requires_grad_(False)),
-            ControlledTransformer(student, branches[1].train()),
-            branches[1],
-        )
+        self.teacher = ControlledTransformer(teacher, branches[0].requires_grad_(False))
+        self.student = ControlledTransformer(student, branches[1].train())
+        self.trained = branches[1]
 
-    @property
-    def trajectory_settings(self) -> Sequence[object]:
-        """The branch and the conditions too."""
-        assert isinstance(self.teacher, ControlledTransformer)
-        latents = {**self.cache.facts, "conditions": str(self.conditions.cache.facts)}
-        modules = self.teacher.transformer, self.teacher.controlnet
-        return trajectory_settings(self.config, latents, self.encoder.text_encoder, *modules)
-
-    def follower(self) -> tuple[FlowModel, nn.Module]:
-        """A steered model whose transformer and branch both learn."""
-        assert isinstance(self.teacher, ControlledTransformer)
-        follower = ControlledTransformer(
-            with_guidance(self.teacher.transformer).to(self.device),
+    def make_fake_model(self) -> tuple[FlowModel, nn.Module]:
+        """A copy of the controlled teacher whose transformer and branch are both trained."""
+        model = ControlledTransformer(
+            with_guidance(self.teacher.transformer).to(distributed.device()),
             copy.deepcopy(self.teacher.controlnet).requires_grad_(True),
         )
-        return follower, nn.ModuleList([follower.transformer, follower.controlnet])
+        return model, nn.ModuleList([model.transformer, model.controlnet])
 
     def context(
-        self, model: FlowModel, embeds: Tensor, mask: Tensor | None, indices: Tensor | None
+        self, model: FlowModel, embeds: Tensor, mask: Tensor | None, indices: Tensor
     ) -> CaptionContext:
         """Captions and conditions."""
         assert isinstance(model, ControlledTransformer)
-        return model.encode(self.conditions.latents(indices, len(embeds)), embeds, mask)
+        return model.encode(self.conditions.latents(indices), embeds, mask)
 
-    def validate(self, folder: Path, step: int) -> Metrics:
-        """As a student's, beside the conditions."""
-        self.conditions.show(folder, len(self.validation_captions))
-        return super().validate(folder, step)
+    def validation_context(self, model: FlowModel, embeds: Tensor, mask: Tensor | None) -> CaptionContext:
+        """Captions and conditions of validation samples."""
+        assert isinstance(model, ControlledTransformer)
+        return model.encode(self.conditions.validation[: len(embeds)], embeds, mask)
+
+    def trajectory_settings(self) -> Sequence[object]:
+        """The branch and the conditions too."""
+        latents = {**self.source.cache.facts, "conditions": str(self.conditions.cache.facts)}
+        modules = self.teacher.transformer, self.teacher.controlnet
+        return trajectory_settings(self.config, latents, self.source.encoder.text_encoder, *modules)
+
+    def show(self, folder: Path, count: int) -> None:
+        """Writes the conditions."""
+        self.conditions.show(folder, count)
 
     def export(self, folder: Path) -> None:
         """Writes a whole pipeline folder, the branch in bf16, the rest as it was."""
         shutil.copytree(self.student_folder, folder, dirs_exist_ok=True)
-        assert isinstance(self.transformer, ControlledTransformer)
-        save_model(self.transformer.controlnet, folder / "controlnet", dtype=torch.bfloat16)
+        save_model(self.student.controlnet, folder / "controlnet", dtype=torch.bfloat16)
+
+
+class ControlStudentStage(StudentStage):
+    """The distillation of `StudentStage` for a control branch."""
+
+    def __init__(self, config: ControlStudentRun, *, report: Report) -> None:
+        super().__init__(config, report=report, make_models=ControlledModels)
