@@ -6,8 +6,8 @@ The script is examples/research_projects/sana/train_sana_sprint_diffusers.py of 
 imported from that file; its update is a branch of its main() and cannot be called, so `Reference.step` makes the same
 evaluations with them: the teacher with and without the captions as one batch of 2B without gradient, the forward-mode
 tangent of the student with its plain attention, the student with gradient at the same point, the student with gradient
-at times of which half are the greatest, the discriminator on that, one backward pass, clipping, AdamW. `StudentStage`
-is our side. Reading pictures and encoding prompts is in neither.
+at times of which half are the greatest, the discriminator on that, one backward pass, clipping, AdamW. The losses of
+`StudentStage` are our side. Reading pictures and encoding prompts is in neither.
 
 Three sides take turns in one process: ours; the script as it is, whose processor for plain attention replaces the
 student's linear self-attention too ("script"); and the script with that put right ("corrected"). All have one set of
@@ -32,7 +32,7 @@ import time
 import types
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +41,13 @@ from tangent import SHAPES
 from torch import Tensor
 
 from sana_sprint.models.text_encoder import PromptEmbeddings
-from sana_sprint.models.transformer import SanaTransformer2DModel, TransformerConfig
+from sana_sprint.models.transformer import CaptionContext, SanaTransformer2DModel, TransformerConfig
 from sana_sprint.train.config import StudentRun
-from sana_sprint.train.losses.adversarial import Adversary
-from sana_sprint.train.losses.tangent import make_tangent
+from sana_sprint.train.data.sampler import Part
+from sana_sprint.train.distillation import Batch, Distillation, Samples
+from sana_sprint.train.losses import SCM
 from sana_sprint.train.models.student import Student, with_guidance
-from sana_sprint.train.stages.student import Batch, StudentStage
+from sana_sprint.train.stages.student import make_losses
 from sana_sprint.trigflow import add_noise, flow_denoiser, lognormal_times
 
 SIDES = ("ours", "script", "corrected")
@@ -121,13 +122,27 @@ def make_task(arguments: argparse.Namespace) -> Task:
 # --- Our side --------------------------------------------------------------------------------------------------------
 
 
-class Ours:
-    """The student stage with its models put in by hand, so that it needs no folders."""
+class TaskModels:
+    """The task's teacher and a student that starts as it, as the student stage has them."""
 
-    def __init__(self, task: Task, precision: str) -> None:
+    def __init__(self, task: Task) -> None:
+        self.teacher = SanaTransformer2DModel(task.config).requires_grad_(False)
+        self.teacher.load_state_dict(task.weights)
+        self.student = with_guidance(self.teacher)
+        self.trained = self.student
+
+    def context(
+        self, model: SanaTransformer2DModel, embeds: Tensor, mask: Tensor | None, indices: Tensor
+    ) -> CaptionContext:
+        return model.encode_caption(embeds, mask)
+
+
+class Ours:
+    """The distillation of the student stage with models made in memory, so that it needs no folders."""
+
+    def __init__(self, task: Task, precision: str, device: torch.device | str = "cpu") -> None:
         self.task = task
-        self.stage = stage = StudentStage.__new__(StudentStage)
-        stage.config = StudentRun.model_validate(
+        config = StudentRun.model_validate(
             {
                 "stage": "student",
                 "output": "unused",
@@ -145,50 +160,56 @@ class Ours:
                 },
             }
         )
-        stage.device = torch.device("cpu")
-        stage.teacher = SanaTransformer2DModel(task.config).requires_grad_(False)
-        stage.teacher.load_state_dict(task.weights)
-        stage.transformer = with_guidance(stage.teacher)
-        for model in (stage.teacher, stage.transformer):
-            model.set_fused_attention(False)  # as the stage does on a CPU
-        stage.tangent = make_tangent(stage.config.tangent)
-        stage.student = Student(stage.transformer, task.u0[0].numel())
-        assert stage.config.discriminator is not None
-        stage.adversary = Adversary(stage.config.discriminator, stage.teacher)
-        stage.matching = None
+        self.models = TaskModels(task)
+        for model in (self.models.teacher, self.models.student):
+            model.to(device)
         self.autocast = mixed_precision(precision)
-        self.optimizer = torch.optim.AdamW(stage.student.parameters(), lr=LEARNING_RATE)
+        self.distillation = Distillation(
+            config,
+            self.models,
+            cache=None,  # `batch` hands in the samples
+            embed=None,
+            device=torch.device(device),
+            autocast=lambda: self.autocast,
+            report=print,
+        )
+        self.losses = make_losses(self.distillation)
+        self.student = Student(self.models.student, task.u0[0].numel()).to(device)
+        self.distillation.student = self.student
+        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=LEARNING_RATE)
 
     def step(self) -> None:
         with self.autocast:
-            loss, _ = self.stage.pictures_loss(self.batch(), step=10**6)
+            batch = self.batch()
+            loss = sum(each.student(batch)[0] for each in self.losses)
         update(loss, self.optimizer)
 
-    def batch(self) -> Batch:
+    def batch(self, guidance: Tensor | None = None) -> Batch:
         task = self.task
         length = int(task.mask.sum(1).max())
         text, mask = task.text[:, :length], task.mask[:, :length]
         count = len(text)
-        embeddings = PromptEmbeddings(text, mask, (False,) * count, (length,) * count, (0,) * count)
         with torch.no_grad():
-            captioned = self.stage.teacher.encode_caption(text, mask)
-        return Batch(
+            captioned = self.models.teacher.encode_caption(text, mask)
+        batch = Batch(self.distillation, Part(10**6, range(count)), is_students_turn=True)
+        batch.samples = Samples(
             u0=task.u0,
             captions=[""] * count,  # unused, since captions are already encoded
             instruction=False,
-            embeddings=embeddings,
-            guidance=draw_guidance(count),
+            embeddings=PromptEmbeddings(text, mask, (0,) * count),
+            guidance=draw_guidance(count) if guidance is None else guidance,
             captioned=captioned,
             indices=torch.arange(count),
         )
+        return batch
 
     def tangent(self, u: Tensor, t: Tensor, guidance: Tensor) -> tuple[Tensor, Tensor]:
         """The guided teacher's F and the scaled tangent of the student."""
-        batch, stage = self.batch(), self.stage
+        batch, student = self.batch(guidance), self.models.student
+        (scm,) = (each for each in self.losses if isinstance(each, SCM))
         with torch.no_grad():
-            teacher_F = flow_denoiser(stage.guided_velocity(replace(batch, guidance=guidance)))(u, t)
-            context = stage.transformer.encode_caption(batch.embeddings.embeds, batch.embeddings.mask)
-            return teacher_F, stage.tangent(stage.transformer, context, u, t, teacher_F, guidance)
+            teacher_F = flow_denoiser(batch.teacher)(u, t)
+            return teacher_F, scm.tangent(student, batch.context, u, t, teacher_F, guidance)
 
 
 # --- The script's side -----------------------------------------------------------------------------------------------

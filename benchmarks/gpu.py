@@ -270,13 +270,8 @@ def training(world: World) -> dict[str, Any]:
     fields = {**(TINY_TRANSFORMER if world.tiny else TRANSFORMER), "guidance_embeds": True}
     generator_step.SHAPES["session"] = (fields, 2 if world.tiny else 4, 4 if world.tiny else 32, 300)
     arguments = argparse.Namespace(shape="session", batch=None, full_captions=False)
-    side = generator_step.Ours(generator_step.make_task(arguments), "bf16")
-    stage, task, device = side.stage, side.task, world.device
-    stage.device = device
-    for model in (stage.teacher, stage.student, stage.adversary.discriminator):
-        model.to(device)
-    for model in (stage.teacher, stage.transformer):
-        model.set_fused_attention(device.type != "cpu")  # as the stage does
+    task, device = generator_step.make_task(arguments), world.device
+    side = generator_step.Ours(task, "bf16", device)
     side.task = replace(task, **{name: getattr(task, name).to(device) for name in ("u0", "text", "mask")})
     side.autocast = torch.autocast(device.type, torch.bfloat16)
     with device:  # random numbers come from the same device

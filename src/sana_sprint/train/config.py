@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, TypeAdapter, ValidationError, create_model, model_validator
 
+from sana_sprint.sampling import PUBLISHED_GUIDANCE
 from sana_sprint.train.losses import LOSSES
 from sana_sprint.train.sections import OptimizerConfig, Section
-
-from sana_sprint.sampling import PUBLISHED_GUIDANCE
 
 # Fields in which a run may differ from the checkpoint it continues from: its length, its reports, and how the work is
 # laid out on the machine.
