@@ -36,6 +36,8 @@ def mask(pixels, position):
 SQUARES = {"source": "probe_world:square", "num_samples": 24}
 # Of log.jsonl: how fast the machine was.
 SPEED = "samples_per_s"
+# The fake-score model's earlier name in log.jsonl.
+RENAMED = ("follower_", "fake_model_")
 
 
 # ----- running --------------------------------------------------------------------------------------------------------
@@ -84,7 +86,10 @@ def train_in_process(path: Path, folder: Path, checkpoint: int, signal_number: i
 def note_run(record: Record, folder: Path) -> None:
     """The log without the speed, sample grids and the exported model."""
     lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [{key: value for key, value in json.loads(line).items() if key != SPEED} for line in lines]
+    rows = [
+        {key.replace(*RENAMED): value for key, value in json.loads(line).items() if key != SPEED}
+        for line in lines
+    ]
     for row in rows:
         record.note(f"log, step {row['step']}, {'loss' if 'loss' in row else 'validation'}", row)
     for part in ("samples", "final"):

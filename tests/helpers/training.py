@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 from pydantic import TypeAdapter
 
-from sana_sprint.train import config, loop
+from sana_sprint.train import config, loop, sections
 from sana_sprint.train.losses import Loss
 from sana_sprint.train.stages import make_stage
 from sana_sprint.train.stages.base import Stage
@@ -74,7 +74,7 @@ FIELDS_READ: set[tuple[str, str, str]] = set()
 @contextmanager
 def reads(stage: str) -> Iterator[None]:
     """Notes every config field that is read inside, and none that pydantic itself reads to check or to dump."""
-    section = config._Section
+    section = sections.Section
 
     def noting(self: Any, name: str) -> Any:
         if name in type(self).model_fields:

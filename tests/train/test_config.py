@@ -10,6 +10,7 @@ import pytest
 
 from sana_sprint.train import config, loop
 from sana_sprint.train.config import load_config
+from sana_sprint.train.sections import Section
 from tests.helpers.toy_stage import Toy, toy_run
 from tests.helpers.training import (
     FIELDS_READ,
@@ -52,12 +53,12 @@ def test_bad_overrides_are_named(override: str, message: str) -> None:
         load_config(RECIPES / "emoji/autoencoder.toml", ["seed=0", override])
 
 
-def sections(model: type[config._Section]) -> dict[str, type[config._Section]]:
+def sections(model: type[Section]) -> dict[str, type[Section]]:
     """A run's own section and all below it, by name."""
     found = {model.__name__: model}
     for field in model.model_fields.values():
         for kind in (field.annotation, *get_args(field.annotation)):
-            if isinstance(kind, type) and issubclass(kind, config._Section):
+            if isinstance(kind, type) and issubclass(kind, Section):
                 found |= sections(kind)
     return found
 
@@ -97,6 +98,6 @@ def test_fields_that_may_change_are_fields() -> None:
             names.add(name)
             inner = field.annotation
             for kind in (inner, *get_args(inner)):  # a section may be optional
-                if isinstance(kind, type) and issubclass(kind, config._Section):
+                if isinstance(kind, type) and issubclass(kind, Section):
                     names |= {f"{name}.{each}" for each in kind.model_fields}
     assert names >= config.MAY_CHANGE

@@ -72,7 +72,7 @@ def test_buckets_hold_every_tensor_once_and_in_order(monkeypatch: pytest.MonkeyP
 def test_parts_divide_every_batch_whatever_the_accumulation(tmp_path: Path) -> None:
     for accumulation in (1, 2, 4):
         run = parse(toy_run(tmp_path, **{"schedule.accumulation": accumulation}))
-        parts = [part for _, part in own_parts(3, run)]
+        parts = [part for _, part in own_parts(3, run.schedule)]
         assert len(parts) == accumulation
         assert sorted(i for part in parts for i in part.indices) == [12, 13, 14, 15]
     with pytest.raises(ValueError, match=r"batch_size must be divisible by .* = 3; got 4"):

@@ -377,12 +377,12 @@ def test_conditions_line_up_with_their_samples(folder: Path, monkeypatch: pytest
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             expected = autoencoder.encode(to_tensor([condition])).float() * autoencoder.config.scaling_factor
         # The file has 8 significant bits, and so have the sums inside, whose order may depend on the batch.
-        torch.testing.assert_close(found.latents(torch.tensor([index]), 1), expected, rtol=0.02, atol=0.02)
+        torch.testing.assert_close(found.latents(torch.tensor([index])), expected, rtol=0.02, atol=0.02)
     # A batch is of one shape, and so are its conditions.
     order = cache.shuffled(range(2), batch_size=2, seed=0)
-    assert found.latents(order, 2).shape == cache.latents(order).shape
+    assert found.latents(order).shape == cache.latents(order).shape
     # Validation shows pictures of any size in the shape of most samples.
-    assert found.latents(None, 5).shape == (5, *cache.shape)
+    assert found.validation[:5].shape == (5, *cache.shape)
 
 
 def test_a_function_is_told_the_place_in_the_set(folder: Path) -> None:
