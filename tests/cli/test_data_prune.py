@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from sana_sprint.train.losses import TrajectoryRegression
 from tests.helpers.cli import assert_refused, call, succeed
 from tests.helpers.training import (
     autoencoder_run,
     chain,
     control_student_run,
     control_teacher_run,
+    loss_of,
     make,
     parse,
     student_run,
@@ -107,5 +109,5 @@ def test_trajectories_stay_with_the_runs_that_read_them(tmp_path: Path) -> None:
     assert set((tmp_path / "trajectories").iterdir()) == before
     succeed("data", "prune", *keeping(tmp_path, "steered"))
     (left,) = (tmp_path / "trajectories").iterdir()
-    assert make(parse(runs["steered"])).trajectories  # type: ignore[attr-defined]
+    assert loss_of(make(parse(runs["steered"])), TrajectoryRegression).trajectories
     assert set((tmp_path / "trajectories").iterdir()) == {left}
