@@ -1,4 +1,4 @@
-"""What commands share: how they report failures, the terminal, and checks of arguments."""
+"""Shared by the commands: reporting failures, the terminal, and checks of arguments."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 DEBUG_VARIABLE = "SANA_SPRINT_DEBUG"  # set: failures show their traceback
 INTERRUPTED = 130  # 128 + SIGINT, the shells' convention
 
-# What an optional library is installed with.
+# The extra that installs each optional library.
 EXTRAS = {
     "asgi_correlation_id": "serve",
     "bitsandbytes": "train",
@@ -34,12 +34,12 @@ EXTRAS = {
     "uvicorn": "serve",
 }
 
-# What typer raises for a call it cannot understand. It comes from typer itself or, in older releases, from click.
+# Raised by typer for a call it cannot parse. It comes from typer itself or, in older releases, from click.
 _CallError: type[Exception] = cast("type[Exception]", typer.BadParameter.__base__)
 
 
 class CommandError(Exception):
-    """Ends the command: one line that says what is wrong, one that says what to do."""
+    """Ends the command with one line that says what is wrong and one that says what to do."""
 
     exit_code = 1
 
@@ -58,7 +58,7 @@ class UsageError(CommandError):
 
 
 def report_errors(run: Callable[[], Any]) -> int:
-    """Run a command and return the exit code; a failure is told on stderr in two lines.
+    """Run a command and return the exit code; a failure is reported on stderr in two lines.
 
     Exceptions that no input should cause are not caught: their traceback is what a bug report needs.
     """
@@ -129,7 +129,7 @@ def console() -> Console:
 
 
 def checked(check: Callable[[], Any], *, hint: str) -> Any:
-    """What `check()` returns; its ValueError is a wrong call."""
+    """The result of `check()`; its ValueError becomes a UsageError."""
     try:
         return check()
     except ValueError as error:

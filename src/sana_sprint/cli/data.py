@@ -1,4 +1,4 @@
-"""`sana-sprint data`: pictures looked through before a training, and caches cleared after it."""
+"""`sana-sprint data`: checks pictures before training, and clears caches after it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ data = typer.Typer(rich_markup_mode=None, add_completion=False)
 
 @data.callback(invoke_without_command=True)
 def _root(ctx: typer.Context) -> None:
-    """Look through training pictures, or clear the caches made from them."""
+    """Check training pictures, or clear the caches made from them."""
     if ctx.invoked_subcommand is None:
         typer.echo(ctx.get_help())
 
@@ -46,7 +46,7 @@ def check(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Look through training pictures: sizes, buckets, captions, and what cannot be used.
+    """Check training pictures: sizes, buckets, captions, and samples that cannot be used.
 
     Exit code 1 if a picture is unreadable, or has no caption while others have one.
     """
@@ -74,14 +74,16 @@ def prune(
         list[Path],
         typer.Option(
             metavar="STAGE.toml",
-            help="A run whose files stay; may be given several times. A run's config.json is one too.",
+            help="A run whose files stay; may be given several times. A run's config.json works too.",
         ),
     ],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would be deleted.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only list the files that would be deleted.")
+    ] = False,
 ) -> None:
     """Delete cached latents and embeddings that none of the kept runs reads.
 
-    Nothing is lost but the time to encode: a run makes what it misses. The kept runs' pictures are read to know their files.
+    Only time to encode is lost: a run recreates missing files. The pictures of the kept runs are read to find their files.
     """
     from sana_sprint.train.config import load_config
 

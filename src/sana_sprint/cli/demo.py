@@ -54,8 +54,8 @@ def demo(
 ) -> None:
     """Draw ten prompts in 1, 2 and 4 steps as one labelled grid.
 
-    Writes grid.png and the single pictures. Seeds are fixed: the same pictures come out every time, and replace those
-    of the last time. A model with a controlnet also draws from a sketch.
+    Writes grid.png and the single pictures. Seeds are fixed: each run gives the same pictures and replaces those of the
+    run before. A model with a ControlNet also draws from a sketch.
     """
     check_target(output, len(PROMPTS) * len(STEPS) + 4)
     jobs = [(prompt, FIRST_SEED + row) for row, prompt in enumerate(PROMPTS)]

@@ -49,15 +49,16 @@ Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="Pictures, at any
 def compositional(
     model: options.Model = "emoji",
     judge: Annotated[
-        str, typer.Option(metavar="MODULE", help="The judge; looked for in the current folder too.")
+        str, typer.Option(metavar="MODULE", help="Module with the judge; the current folder is searched too.")
     ] = EMOJI_JUDGE,
     steps: Annotated[
         list[int] | None,
-        typer.Option(help="Network evaluations; may be given several times. 1, 2 and 4 if left out."),
+        typer.Option(help="Network evaluations; may be given several times. 1, 2 and 4 by default."),
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="Held-out scenes.")] = 300,
     guidance: Annotated[
-        float | None, typer.Option("--guidance", "-g", help="The pipeline's own if left out.")
+        float | None,
+        typer.Option("--guidance", "-g", help="Guidance scale; the pipeline's default if not given."),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", "-s", min=0, help="Picture i has seed + i.")] = 0,
     out: Annotated[
@@ -67,9 +68,9 @@ def compositional(
     device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> None:
-    """How many pictures a judge finds right.
+    """Share of pictures that a judge finds correct.
 
-    Draws the judge's held-out scenes, and tells how many of the pictures are what their captions say.
+    Draws the judge's held-out scenes and counts the pictures that show what their captions say.
 
     Example: sana-sprint evaluate compositional --model runs/emoji/student/final --steps 1 --steps 2 --out scores/
     """
@@ -108,9 +109,7 @@ def fid(
     other: Folder,
     features: Annotated[
         Space,
-        typer.Option(
-            help="dcae: a DC-AE's own features. inception: those of published FIDs; needs --weights."
-        ),
+        typer.Option(help="dcae: features of a DC-AE. inception: those of published FIDs; needs --weights."),
     ] = Space.DCAE,
     model: options.Model = "emoji",
     weights: Annotated[
@@ -125,10 +124,10 @@ def fid(
     device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> None:
-    """Frechet distance of two sets of pictures.
+    """Frechet distance between two sets of pictures.
 
     0 for equal sets. Needs more pictures than features on both sides: over 512 for dcae with the embedded model, over 2048 for inception.
-    Fewer pictures give greater distances, so compare only what was measured with as many.
+    Fewer pictures give greater distances, so compare only distances measured with equally many.
     """
     from sana_sprint.evaluate.features import features_of
     from sana_sprint.evaluate.frechet import distance, fit
@@ -163,10 +162,9 @@ def clip(
     device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> None:
-    """Agreement of pictures with captions.
+    """Agreement of pictures with captions: the mean CLIP score, 100 times the cosine.
 
-    The mean CLIP score, 100 times the cosine.
-    A picture's caption is the .txt file beside it, or else the prompt that is kept inside its PNG file.
+    A picture's caption is the .txt file beside it, or else the prompt inside its PNG file.
     """
     from sana_sprint.evaluate.captions import caption_of, clip_scorer
 

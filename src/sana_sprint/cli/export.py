@@ -22,10 +22,10 @@ def export(
         typer.Argument(help="A folder for the whole pipeline, or a file NAME.safetensors for one component."),
     ],
     component: Annotated[
-        str | None, typer.Option(help="What a single file holds: transformer (if left out) or vae.")
+        str | None, typer.Option(help="Component in a single file: transformer (the default) or vae.")
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Of the weights: fp32 or bf16; as they are if left out.")
+        str | None, typer.Option(help="Number format of the weights: fp32 or bf16; as stored by default.")
     ] = None,
 ) -> None:
     """Write a model as a pipeline folder that diffusers loads too, or one of its components as a single file."""

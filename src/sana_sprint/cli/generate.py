@@ -24,7 +24,7 @@ from sana_sprint.cli.prompts import gather_prompts
 if TYPE_CHECKING:
     from sana_sprint.pipelines.text_to_image import SanaSprintPipeline
 
-# 8192 x 8192, four times the largest published picture: a slip of the finger must not fill the memory.
+# 8192 x 8192, four times the largest published picture: a typing error must not fill the memory.
 MAX_PIXELS = 2**26
 MAX_IMAGES = 100_000  # of each prompt
 SIZE_HINT = "a size is --size 512 or --size 640x480 (width x height), at most 8192x8192 pixels"
@@ -95,7 +95,7 @@ def generate(
 
 @dataclass(frozen=True)
 class Task:
-    """What a drawing command is to do, checked before anything is loaded.
+    """A drawing command's work, checked before anything is loaded.
 
     texts: the prompts. jobs: prompt and seed of each picture. output, as_json: as the options of these names.
     """
@@ -112,7 +112,7 @@ class Task:
         arguments: dict[str, Any],
         notes: Mapping[str, Any] | None = None,
     ) -> list[Drawn]:
-        """Load the pipeline, draw with these arguments of its call, save, and say so; `notes` go into files and report."""
+        """Load the pipeline, draw with these arguments of its call, save and report; `notes` go into files and report."""
         started = time.perf_counter()
         with console().status(f"loading {model}"):
             pipeline = load()
@@ -237,7 +237,7 @@ def _draw_and_save(
 
 
 def _remark(drawn: Sequence[Drawn]) -> None:
-    """Say on stderr what is not quite as it was asked for."""
+    """Report on stderr where the result differs from the request."""
     for prompt, lost in {picture.prompt: picture.lost_tokens for picture in drawn}.items():
         if lost:
             typer.echo(

@@ -151,7 +151,7 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def _missing(folder: Path, files: list[Path], *, has_tensors: bool, class_name: str) -> list[str]:
-    """What a component's folder should hold and does not."""
+    """Files missing from a component's folder."""
     from sana_sprint.weights.files import read_json
 
     problems = []

@@ -31,7 +31,7 @@ MODEL_HINT = "check --model (or SANA_SPRINT_MODEL); `sana-sprint info MODEL` sho
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model, and how it is to run. `dtype` is a key of `DTYPES`; `device` may be "auto".
+    """The model and how to run it. `dtype` is a key of `DTYPES`; `device` may be "auto".
 
     loras: `SOURCE` or `SOURCE:WEIGHT` each. quantize: a preset, or `COMPONENT=PRESET,...`, or "" for none.
     fast: fused kernels and graphs on CUDA, and nothing elsewhere.
@@ -47,7 +47,7 @@ class ModelOptions:
     fast: bool = False
 
     def notes(self) -> dict[str, Any]:
-        """What is worth keeping with a picture, besides the model's name."""
+        """Settings to be kept with a picture, besides the model's name."""
         return {
             **({"loras": list(self.loras)} if self.loras else {}),
             **({"quantize": self.quantize} if self.quantize else {}),
@@ -101,7 +101,7 @@ def _has_controlnet(model: str) -> bool:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Nothing is searched for garbage inside, nor later what was made by then.
+    """Turns garbage collection off inside, and exempts from it everything made by then.
 
     Libraries and models are a million objects that stay; searching them again and again takes a sixth of a start.
     """
@@ -213,7 +213,7 @@ def choose_device(wanted: str) -> str:
 
 
 def quieten() -> None:
-    """Keep libraries' bars and remarks off the terminal; what users need to know, commands say themselves."""
+    """Silence libraries' progress bars and remarks; commands report what users need to know."""
     talk: Any = import_module("transformers.utils.logging")  # its functions have no annotations
     talk.set_verbosity_error()
     talk.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""Options that several commands have, with their help texts."""
+"""The options of the commands, with their help texts."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ Device = Annotated[
     typer.Option(
         "--device",
         metavar="auto|cpu|cuda|mps",
-        help="Where to compute; auto: an accelerator if there is one.",
+        help="Device to run on; auto: an accelerator if there is one.",
     ),
 ]
 VaeTiling = Annotated[
@@ -61,7 +61,7 @@ Lora = Annotated[
     typer.Option(
         "--lora",
         metavar="PATH[:WEIGHT]",
-        help="A LoRA: a safetensors file, a folder or a Hub id, and its strength (1 if left out). May be repeated.",
+        help="A LoRA: a safetensors file, a folder or a Hub id, and its strength (1 by default). May be repeated.",
     ),
 ]
 Quantize = Annotated[
@@ -69,19 +69,22 @@ Quantize = Annotated[
     typer.Option(
         "--quantize",
         metavar="PRESET|COMPONENT=PRESET,...",
-        help="int8, int8-weights, fp8, int4-weights or nf4: of transformer and text encoder, or of those named.",
+        help="int8, int8-weights, fp8, int4-weights or nf4, for the transformer and the text encoder or for the components named.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Folder = Annotated[
-    Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where the pictures go; made if absent.")
+    Path,
+    typer.Option("--output", "-o", metavar="FOLDER", help="Folder for the pictures; created if missing."),
 ]
 
 # ----- pictures -------------------------------------------------------------------------------------------------------
 
 Prompts = Annotated[
     list[str] | None,
-    typer.Argument(metavar="PROMPT", help="What to draw. `-`, or nothing and a pipe: each line of stdin."),
+    typer.Argument(
+        metavar="PROMPT", help="What to draw. `-`, or no prompt and piped input: each line of stdin."
+    ),
 ]
 PromptFile = Annotated[
     Path | None, typer.Option("--file", "-f", metavar="FILE", help="Draw each line of this text file too.")
@@ -89,10 +92,14 @@ PromptFile = Annotated[
 Steps = Annotated[int, typer.Option("--steps", help="Network evaluations per picture; 1 to 4 are best.")]
 NumImages = Annotated[int, typer.Option("--num-images", "-n", help="Pictures per prompt.")]
 Seed = Annotated[
-    int, typer.Option("--seed", "-s", help="Picture i, counted from 0, has seed + i. -1: random, and shown.")
+    int,
+    typer.Option(
+        "--seed", "-s", help="Picture i, counted from 0, has seed + i. -1: a random seed, which is printed."
+    ),
 ]
 Size = Annotated[
-    str | None, typer.Option("--size", metavar="N|WxH", help="In pixels; the model's own if left out.")
+    str | None,
+    typer.Option("--size", metavar="N|WxH", help="Size in pixels; the model's native size by default."),
 ]
 Output = Annotated[
     Path,
@@ -100,23 +107,23 @@ Output = Annotated[
         "--output",
         "-o",
         metavar="FOLDER|FILE.png",
-        help="A folder (made if absent, no file in it is replaced), or the file of a single picture.",
+        help="A folder (created if missing; its files are not replaced), or the file of a single picture.",
     ),
 ]
 Guidance = Annotated[
     float | None,
     typer.Option(
-        "--guidance", "-g", help="How closely to follow the prompt; 4 to 5 are best, 4.5 if left out."
+        "--guidance", "-g", help="How closely to follow the prompt; 4 to 5 are best, 4.5 by default."
     ),
 ]
 MaxTimesteps = Annotated[
     float | None, typer.Option("--max-timesteps", help="First time, an angle up to 1.5708 (pure noise).")
 ]
 IntermediateTimesteps = Annotated[
-    float | None, typer.Option("--intermediate-timesteps", help="Second of two times; 1.3 if left out.")
+    float | None, typer.Option("--intermediate-timesteps", help="Second of two times; 1.3 by default.")
 ]
 CleanCaption = Annotated[
-    bool, typer.Option("--clean-caption", help="Take links, markup and the like out of prompts from the web.")
+    bool, typer.Option("--clean-caption", help="Remove links, markup and the like from prompts from the web.")
 ]
 
 # ----- a picture to follow --------------------------------------------------------------------------------------------

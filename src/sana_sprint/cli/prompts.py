@@ -1,4 +1,4 @@
-"""Where a command's prompts come from: its arguments, a file, stdin."""
+"""Collects the prompts of a command from its arguments, a file and stdin."""
 
 from __future__ import annotations
 

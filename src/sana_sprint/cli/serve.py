@@ -1,4 +1,4 @@
-"""`sana-sprint serve`: one model for many, over HTTP."""
+"""`sana-sprint serve`: one model over HTTP."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from sana_sprint.cli.loading import ModelOptions, choose_device, load_pair
 if TYPE_CHECKING:
     from sana_sprint.serve.engine import Pipelines
 
-SHUTDOWN_S = 30  # for answers that are under way; uvicorn's limit, then the engine's
+SHUTDOWN_S = 30  # for requests in progress; uvicorn's limit, then the engine's
 
 Host = Annotated[
-    str, typer.Option("--host", help="Address to listen on. Others than this machine need a key.")
+    str,
+    typer.Option("--host", help="Address to listen on. Addresses that other machines can reach need a key."),
 ]
 Port = Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen on.")]
 ApiKey = Annotated[
@@ -26,16 +27,18 @@ ApiKey = Annotated[
         "--api-key",
         envvar="SANA_SPRINT_API_KEY",
         show_envvar=True,
-        help="What clients must send. The variable is safer: others can see a command's options.",
+        help="The key that clients must send. The variable is safer: other users can see a command's options.",
     ),
 ]
-MaxQueue = Annotated[int, typer.Option("--max-queue", min=1, help="Requests that may wait; more get a 429.")]
+MaxQueue = Annotated[
+    int, typer.Option("--max-queue", min=1, help="Waiting requests; further ones get a 429.")
+]
 MaxBatch = Annotated[int, typer.Option("--max-batch", min=1, help="Pictures drawn at once.")]
 BatchWindow = Annotated[
-    float, typer.Option("--batch-window", min=0, help="Milliseconds to wait for others to draw with.")
+    float, typer.Option("--batch-window", min=0, help="Milliseconds to wait for requests to draw together.")
 ]
 IdleUnload = Annotated[
-    float | None, typer.Option("--idle-unload", min=1, help="Free the model after so many idle seconds.")
+    float | None, typer.Option("--idle-unload", min=1, help="Unload the model after this many idle seconds.")
 ]
 MaxPixels = Annotated[
     int,
@@ -105,7 +108,7 @@ def serve(
         batch_window_s=batch_window / 1000,
         idle_unload_s=idle_unload,
     )
-    typer.echo(f"serving {settings.model} on {address(host, port)} (Ctrl-C ends it)", err=True)
+    typer.echo(f"serving {settings.model} on {address(host, port)} (Ctrl-C to stop)", err=True)
     # The access log would put a line per picture between the messages that matter.
     uvicorn.run(
         create_app(engine, settings),
@@ -129,6 +132,6 @@ def address(host: str, port: int) -> str:
 
 
 def serving_name(model: str) -> str:
-    """What clients call the model: a folder's own name, anything else as it is."""
+    """The model's name for clients: a folder's own name, anything else as it is."""
     path = Path(model).expanduser()
     return path.resolve().name if path.is_dir() else model

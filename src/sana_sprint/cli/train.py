@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def train(
     stage: Annotated[
-        Path, typer.Argument(metavar="STAGE.toml", help="What to train, on what, and for how long.")
+        Path, typer.Argument(metavar="STAGE.toml", help="The stage to train: model, data and schedule.")
     ],
     overrides: Annotated[
         list[str] | None,
@@ -30,7 +30,7 @@ def train(
 ) -> None:
     """Train one stage: an autoencoder, a teacher, its adaptation or a student.
 
-    Ctrl-C, or SIGTERM, lets the step finish, saves and ends; a second one ends at once. A run that was stopped continues
+    Ctrl-C or SIGTERM finishes the step, saves and stops; a second one stops at once. A run that was stopped continues
     from its last checkpoint when the same command is given again (resume=latest, never or a checkpoint say otherwise). A data source such
     as recipes.emoji.scenes:training_scene is looked for in the current folder. For several processes use
     torchrun --nproc-per-node 2 -m sana_sprint train STAGE.toml

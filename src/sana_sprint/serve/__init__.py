@@ -1,1 +1,1 @@
-"""Pictures for many: one engine thread that owns the device, and an HTTP server in front of it."""
+"""An HTTP server for one model: one engine thread owns the device, and batches the requests of many clients."""

@@ -1,6 +1,6 @@
 """The HTTP server: health, metrics, the APIs and the page, in front of an engine.
 
-Handlers never wait for the engine's thread other than by awaiting a job, so `/health` answers whatever it does.
+Handlers never block on the engine's thread, they await jobs; so `/health` answers whatever the engine does.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ READY = ("ready", "unloaded")  # an unloaded model comes back with the next requ
 
 
 def create_app(engine: Engine, settings: Settings) -> FastAPI:
-    """An ASGI app. It closes the engine when it shuts down, after what is in the queue is done."""
+    """An ASGI app. On shutdown it lets the engine finish its queue and closes it."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        # A batch's pictures are ready at the same moment. Encoded by as many threads, they would take turns with the
-        # loop's, which then answers late.
+        # A batch's pictures are ready at the same moment. Encoded by as many threads, they would compete with the
+        # event loop, which would then answer late.
         anyio.to_thread.current_default_thread_limiter().total_tokens = max(2, os.cpu_count() or 1)
         yield
         await run_in_threadpool(engine.close, settings.drain_s)
@@ -78,7 +78,7 @@ def _state_routes(service: Service) -> APIRouter:
 
     @routes.get("/metrics")
     async def metrics() -> Response:
-        """Prometheus."""
+        """Metrics in Prometheus' text format."""
         content: Any = service.metrics.text()
         return Response(content, media_type=CONTENT_TYPE)
 

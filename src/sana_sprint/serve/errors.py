@@ -1,7 +1,7 @@
 """Every failure as an OpenAI error object with its status: `{"error": {"message", "type", "param", "code"}}`.
 
 422: the request does not fit the schema (a missing, unknown or mistyped field). 400: it cannot be read, or asks for
-what this server or model does not do. 429 and 503 say in Retry-After when to come back.
+something that this server or model does not do. 429 and 503 say in Retry-After when to try again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ RETRY_LATER_S = 5  # when the server restarts or its model is away
 
 
 class ApiError(Exception):
-    """An answer that is an error. `param` names the request's field."""
+    """An error answer. `param` names the request's field."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ def _encodable(text: str) -> str:
 
 
 def as_api_error(error: BaseException) -> ApiError:
-    """What an exception of the engine, of the framework or of a request's checks means to a client."""
+    """The client's view of an exception of the engine, of the framework or of a request's checks."""
     match error:
         case ApiError():
             return error
@@ -111,7 +111,7 @@ def _of_http(error: HTTPException) -> ApiError:
 
 
 def add_error_handlers(app: FastAPI, refused: Callable[[str], None]) -> None:
-    """Make the app answer every exception with an error object; `refused` is told its code."""
+    """Make the app answer every exception with an error object; `refused` is called with its code."""
 
     async def answer(_: Request, error: Exception) -> JSONResponse:
         found = as_api_error(error)

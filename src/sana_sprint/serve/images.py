@@ -1,4 +1,4 @@
-"""Pictures as they cross the wire: uploads decoded within limits, results encoded with their settings."""
+"""Encoded pictures: uploads are decoded within limits, results are encoded with their settings."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from sana_sprint.images import picture_settings, save_png, to_rgb
 from sana_sprint.serve.engine.job import Job, Result
 from sana_sprint.serve.errors import ApiError
 
-FORMATS = ("PNG", "JPEG", "WEBP")  # few decoders: each is a way in
+FORMATS = ("PNG", "JPEG", "WEBP")  # few decoders: each is a surface for attacks
 DEFAULT_QUALITY = 90
 
-# What a damaged or hostile file makes Pillow raise; SyntaxError is its word for a broken PNG chunk.
+# Raised by Pillow for damaged or hostile files; SyntaxError for a broken PNG chunk.
 _BAD_FILE = (UnidentifiedImageError, OSError, ValueError, SyntaxError)
 # Pillow's own limit is above ours; where warnings are errors it raises the second.
 _HUGE_FILE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
@@ -67,7 +67,7 @@ def encode(picture: Image.Image, output_format: str, quality: int | None, settin
 
 
 def settings_of(job: Job, result: Result, index: int, model: str) -> dict[str, Any]:
-    """How to make picture `index` again."""
+    """The settings that reproduce picture `index`."""
     request = job.request
     followed = {"kind": request.control_kind, "controlnet_conditioning_scale": request.control_scale}
     return picture_settings(

@@ -25,7 +25,7 @@ class Metrics:
     def __init__(self, engine: Engine) -> None:
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
-        depth = Gauge("sana_sprint_queue_depth", "Jobs that wait", registry=self._registry)
+        depth = Gauge("sana_sprint_queue_depth", "Waiting jobs", registry=self._registry)
         depth.set_function(lambda: engine.queued)
         self._batches = Histogram(
             "sana_sprint_batch_pictures", "Pictures per batch", buckets=PICTURES, registry=self._registry
@@ -54,7 +54,7 @@ class Metrics:
         self._refused.labels(code).inc()
 
     def text(self) -> bytes:
-        """All of it, in Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
     def _batch(self, report: BatchReport) -> None:

@@ -1,4 +1,4 @@
-"""What the routes share: putting requests into the engine, waiting for them, and the answer with the pictures."""
+"""Shared by the routes: submitting requests to the engine, waiting for them, and the answer with the pictures."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ JOB_BYTES = 2**14  # of an ended job beside its pictures, a prompt of the greate
 
 
 class Service:
-    """One engine, what is allowed, what is counted, and the jobs that can be asked for."""
+    """One engine with its limits, metrics and kept jobs."""
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
         self.engine = engine
@@ -51,7 +51,7 @@ class Service:
 
 
 async def wait_for(job: Job, request: Request) -> None:
-    """Until the job has ended. If the client goes away first, or the server gives up, the job is cancelled."""
+    """Return when the job has ended. It is cancelled if the client disconnects first, or the server stops."""
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
     job.future.add_done_callback(lambda _: call_in(loop, ended.set))
@@ -65,13 +65,13 @@ async def wait_for(job: Job, request: Request) -> None:
 
 
 def call_in(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
-    """Have an event loop call a function, from another thread. A loop that has closed needs no news."""
+    """Schedule a call on an event loop from another thread; a closed loop is ignored."""
     with suppress(RuntimeError):
         loop.call_soon_threadsafe(function)
 
 
 async def _disconnected(request: Request) -> None:
-    """Until the client has hung up. The body has been read, so there is no other message to come."""
+    """Return when the client has disconnected. The body has been read, so no other message can come."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 

@@ -1,7 +1,7 @@
 """Several jobs of one shape drawn together: text once per prompt, one batch through the network, pictures decoded.
 
 Cancelled jobs do not disturb the others of their batch: their pictures are dropped at the next step or decoder tile,
-and work stops as soon as nobody waits for it.
+and work stops as soon as all of a batch's jobs are cancelled.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ NO_CONTROL = "this model has no ControlNet: it draws from text alone and cannot 
 
 @dataclass(frozen=True)
 class Pipelines:
-    """What a loaded model can do: from text, and from text and a condition image if it has a ControlNet."""
+    """Pipelines of a loaded model: from text, and from text and a control picture if it has a ControlNet."""
 
     text: SanaSprintPipeline
     control: SanaSprintControlNetPipeline | None = None
@@ -47,7 +47,7 @@ class Pipelines:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a request must fit. native: side in pixels of the picture that is drawn when no size is asked for."""
+    """Facts of a model that requests are checked against. native: side in pixels of a picture without a given size."""
 
     native: int
     has_guidance: bool
@@ -77,7 +77,7 @@ class ModelFacts:
 
 
 def shape(request: ImageRequest, native: int | None) -> tuple[object, ...]:
-    """What requests must have in common to be drawn in one batch. None for a `native` side not known yet."""
+    """The key of requests that can be drawn in one batch. `native`: None while the model's native side is not known."""
     size = (request.height or native, request.width or native, request.steps)
     if request.image is None:
         return size
@@ -108,7 +108,7 @@ class PromptCache:
         return [found[prompt] for prompt in prompts]
 
     def clear(self) -> None:
-        """Forget all, as when the model leaves the device."""
+        """Drop all, for when the model is unloaded."""
         self._known.clear()
 
 
@@ -149,7 +149,7 @@ def draw_jobs(
 
 
 class _Batch:
-    """One call of `draw_jobs`: what has been drawn so far."""
+    """One call of `draw_jobs`, with the results so far."""
 
     def __init__(self, pipelines: Pipelines, cache: PromptCache) -> None:
         self.pipelines = pipelines

@@ -1,7 +1,7 @@
-"""What is asked of the engine, the handle that the asker keeps, and what comes back.
+"""Request, job handle and result of the engine.
 
-A job's state lives in its future: who cancels the job cancels the future, and the engine looks there. So there is one
-truth, and awaiting a job in asyncio (`asyncio.wrap_future`) cancels it when the awaiting task is cancelled.
+A job's state lives in its future: cancelling the job cancels the future, which the engine checks. So there is one
+source of truth, and awaiting a job in asyncio (`asyncio.wrap_future`) cancels it when the awaiting task is cancelled.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Busy(Exception):  # noqa: N818  (a state of the server, not a fault)
 
 
 class Draining(Exception):  # noqa: N818
-    """The engine is shutting down: it finishes what it has and takes nothing new."""
+    """The engine is shutting down: it finishes its queue and refuses new jobs."""
 
     def __init__(self) -> None:
         super().__init__("the server is shutting down")
@@ -55,14 +55,14 @@ class ModelUnavailable(Exception):  # noqa: N818
 class ImageRequest:
     """`n` pictures of one prompt.
 
-    prompt: what to draw; may be empty.
+    prompt: may be empty.
     steps: network evaluations, from 1 up.
     guidance_scale: from 0 up; None for the model's default.
     seed: picture i has seed + i; None for random ones, which the result names.
     n: pictures, from 1 up.
     height, width: pixels; None for the model's native side.
-    image: a sketch or other condition, uint8 (H,W,3) of any size, for models with a ControlNet.
-    control_kind: what to make of `image`, see `controls.control_picture`.
+    image: a sketch or other picture to follow, uint8 (H,W,3) of any size, for models with a ControlNet.
+    control_kind: how `image` becomes a control picture, see `controls.control_picture`.
     control_scale: how closely to follow `image`, from 0 up.
 
     Raises ValueError for anything else, before a job exists. Limits (how large, how many) are the server's business.
@@ -113,7 +113,7 @@ def _is_whole(value: object, *, optional: bool) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """The pictures of one request, and everything needed to make them again.
+    """The pictures of one request, and everything needed to reproduce them.
 
     seeds: one per picture, each of which makes that picture again by itself.
     times: the TrigFlow angles, from the first to 0.
@@ -138,11 +138,11 @@ class Result:
 
 
 class Job:
-    """A request in the engine's hands. All methods may be called from any thread.
+    """Handle of a submitted request. All methods may be called from any thread.
 
     has_image: whether the request came with a picture to follow, which it holds until the job's last drawing has ended.
-    future: gives the `Result`; or raises what went wrong, or CancelledError after `cancel`.
-    seeds: one per picture, chosen already.
+    future: gives the `Result`, or raises the error, or CancelledError after `cancel`.
+    seeds: one per picture.
     position: how many jobs are ahead in the queue; 0 once it runs.
     """
 
@@ -181,7 +181,7 @@ class Job:
         return (time.monotonic() if self._started is None else self._started) - self.submitted
 
     def cancel(self) -> bool:
-        """Give the job up; False if it has ended. A running one stops at its next step or tile."""
+        """Cancel the job; False if it has ended. A running one stops at its next step or decoder tile."""
         return self.future.cancel()
 
     def subscribe(self, listener: Callable[[Job], None]) -> Callable[[], None]:
@@ -204,25 +204,25 @@ class Job:
     # ----- for the engine ---------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """It leaves the queue, or its batch failed and it is drawn again by itself."""
+        """Mark it as running: it left the queue, or its batch failed and it is drawn again by itself."""
         if self._started is None:
             self._started = time.monotonic()
         self.position = self._steps_done = 0
         self._tell()
 
     def advance(self, steps: int) -> None:
-        """`steps` more network evaluations are done."""
+        """Count `steps` more network evaluations as done."""
         self._steps_done += steps
         self._tell()
 
     def move_to(self, position: int) -> None:
-        """So many are ahead of it now."""
+        """Set the number of jobs ahead of it."""
         if position != self.position:
             self.position = position
             self._tell()
 
     def finish(self, outcome: Result | Exception) -> None:
-        """The end, unless it was cancelled before."""
+        """Set the result or the error, unless the job was cancelled before."""
         if self.future.done() or not self.future.set_running_or_notify_cancel():
             return
         if isinstance(outcome, Exception):
@@ -248,5 +248,5 @@ class Job:
     def _call(self, listener: Callable[[Job], None]) -> None:
         try:
             listener(self)
-        except Exception:  # such as a closed event loop; the picture is not to suffer
+        except Exception:  # such as a closed event loop; drawing goes on
             logger.exception("a listener of job %s failed", self.id)

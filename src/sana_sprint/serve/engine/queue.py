@@ -33,7 +33,7 @@ MEMORY = 0.8  # share that the older batches keep in the running mean of seconds
 
 @dataclass(frozen=True)
 class BatchReport:
-    """What a batch was: pictures in it, and seconds by stage ("text", "steps", "decode")."""
+    """A finished batch: pictures in it, and seconds by stage ("text", "steps", "decode")."""
 
     pictures: int
     seconds: dict[str, float]
@@ -44,10 +44,10 @@ class Engine:
 
     Args:
         load: makes the model; called on the engine's thread, again after an idle unload or a failure.
-        max_queue: jobs that may wait; more are refused with `Busy`.
-        batch_window_s: how long the oldest job waits for others of its shape. 0 takes only what waits already.
+        max_queue: waiting jobs; more are refused with `Busy`.
+        batch_window_s: how long the oldest job waits for others of its shape. 0 takes only those already waiting.
         max_batch: pictures in the network at once.
-        idle_unload_s: free the model's memory after so long without a job; None to keep it.
+        idle_unload_s: free the model's memory after this long without a job; None to keep it.
         cache_prompts: how many prompts' embeddings are kept.
 
     `on_submit` functions are called with each job that was accepted, `on_batch` functions on the engine's thread after each
@@ -81,7 +81,7 @@ class Engine:
         self._pipelines: Pipelines | None = None
         self._state: State = "loading"
         self._closing = False
-        self._changed = threading.Condition()  # guards what follows, and tells of every change of it
+        self._changed = threading.Condition()  # guards the fields below, and is notified of every change
         self._waiting: list[Job] = []
         self._running: list[Job] = []
         self._batch_s = FIRST_GUESS_S
@@ -99,7 +99,7 @@ class Engine:
 
     @property
     def queued(self) -> int:
-        """Jobs that wait."""
+        """Number of waiting jobs."""
         return len(self._waiting)
 
     def submit(self, request: ImageRequest) -> Job:
@@ -127,9 +127,9 @@ class Engine:
         return job
 
     def close(self, timeout_s: float | None = None) -> None:
-        """Take nothing new, finish what there is, end the thread and free the model.
+        """Refuse new jobs, finish the queue, end the thread and free the model.
 
-        After `timeout_s` what is left is cancelled. Returns when the thread has ended.
+        Jobs left after `timeout_s` are cancelled. Returns when the thread has ended.
         """
         with self._changed:
             self._closing = True
@@ -142,7 +142,7 @@ class Engine:
         self._thread.join()
 
     def wait_until_loaded(self, timeout_s: float | None = None) -> bool:
-        """Wait for the first loading to end; whether the model is there."""
+        """Wait for the first load to end; True if it succeeded."""
         with self._changed:
             self._changed.wait_for(lambda: self._state != "loading", timeout_s)
         return self._state == "ready"
@@ -150,12 +150,12 @@ class Engine:
     # ----- the queue --------------------------------------------------------------------------------------------------
 
     def _retry_after_s(self) -> float:
-        """When a place should be free: the queue's pictures at the pace of the last batches."""
+        """Estimated seconds until the queue has room: its pictures at the pace of the last batches."""
         pictures = sum(job.request.n for job in self._waiting)
         return max(1.0, pictures / self.max_batch * self._batch_s)
 
     def _forget(self, job: Job) -> None:
-        """A job that ends while it waits was cancelled: its place is free."""
+        """Remove a job that ended while it waited: it was cancelled."""
         with self._changed:
             if job not in self._waiting:
                 return
@@ -169,7 +169,7 @@ class Engine:
             job.move_to(position)
 
     def _next_batch(self) -> list[Job] | None:
-        """The oldest job and others of its shape; None at the end. Unloads the model when nothing comes for long."""
+        """The oldest job and others of its shape; None when closing. Unloads the model after the idle time."""
         while True:
             with self._changed:
                 patience = self._idle_unload_s if self._pipelines is not None else None
@@ -184,7 +184,7 @@ class Engine:
         return self._running
 
     def _collect(self) -> list[Job]:
-        """Take a batch from the queue, which the lock is held for; empty if its jobs were cancelled meanwhile."""
+        """Take a batch from the queue, with the lock held; empty if its jobs were cancelled meanwhile."""
         native = None if self.facts is None else self.facts.native
         first = self._waiting[0]
         wanted = shape(first.request, native)
@@ -218,7 +218,7 @@ class Engine:
         self._unload()
 
     def _draw(self, jobs: Sequence[Job]) -> None:
-        """Draw a batch. If it fails, each job by itself, so that only the guilty one fails."""
+        """Draw a batch. If it fails, draw each job by itself, so that only the one at fault fails."""
         jobs = [job for job in jobs if not job.future.done()]
         if not jobs:
             return

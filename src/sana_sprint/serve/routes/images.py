@@ -49,7 +49,7 @@ def images_routes(service: Service) -> APIRouter:
 
     @routes.post("/images/edits", openapi_extra=_EDIT_BODY)
     async def edit(request: Request) -> dict[str, Any]:
-        """Draw pictures of a prompt that follow a sketch or another condition image."""
+        """Draw pictures of a prompt that follow a sketch or another picture."""
         facts = service.engine.facts
         if facts is not None and not facts.has_control:
             raise ApiError(400, NO_CONTROL, code="no_controlnet", param="image")
@@ -75,7 +75,7 @@ def images_routes(service: Service) -> APIRouter:
 
 
 def _model(service: Service) -> dict[str, Any]:
-    """OpenAI's model object, and what the server allows. `native_size` is null until the model was loaded once."""
+    """OpenAI's model object, and the server's limits. `native_size` is null until the model was loaded once."""
     settings, facts = service.settings, service.engine.facts
     return {
         "id": settings.model,

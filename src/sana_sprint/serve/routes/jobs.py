@@ -23,7 +23,7 @@ def jobs_routes(service: Service) -> APIRouter:
 
     @routes.post("", status_code=202)
     async def submit(fields: JobRequest) -> dict[str, Any]:
-        """Put a job into the queue."""
+        """Submit a job."""
         fields.check(service.settings)
         image = None
         if fields.image is not None:
@@ -35,12 +35,12 @@ def jobs_routes(service: Service) -> APIRouter:
 
     @routes.get("/{job_id}")
     async def look(job_id: str) -> dict[str, Any]:
-        """How far it is."""
+        """Status and progress of a job."""
         return describe(service.jobs.get(job_id)[0])
 
     @routes.delete("/{job_id}")
     async def cancel(job_id: str) -> dict[str, Any]:
-        """Give it up; a running job stops at its next step or tile. An ended job stays as it is."""
+        """Cancel a job; a running one stops at its next step or decoder tile. An ended job stays as it is."""
         job, _ = service.jobs.get(job_id)
         job.cancel()
         return describe(job)

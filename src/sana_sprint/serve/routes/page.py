@@ -1,4 +1,4 @@
-"""The page's files: plain HTML, CSS and ES modules out of `web/`, with headers that keep everything else out."""
+"""The page's files: plain HTML, CSS and ES modules out of `web/`, with headers that allow nothing from elsewhere."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The real-time page and its socket: what to draw goes in whenever it changes, a picture comes back as soon as it is
+"""The real-time page and its socket: the page sends a request whenever its input changes, and gets each picture when it is
 drawn.
 
-A page has one slot: at most one of its requests is in the engine, at most one waits, and a newer one takes the place
-of the one that waits. Every message, both ways, is one binary frame: the header's length (4 bytes, big-endian), the
+A page has one slot: at most one of its requests is in the engine, at most one waits, and a newer one replaces the
+waiting one. Every message, both ways, is one binary frame: the header's length (4 bytes, big-endian), the
 header (a JSON object in UTF-8), and the bytes of a picture or nothing. docs/serving.md lists the headers.
 """
 
@@ -82,7 +82,7 @@ def unpack(frame: bytes) -> tuple[dict[str, Any], bytes]:
 
 
 class _Close(Exception):  # noqa: N818
-    """The conversation is over; the reason fits into a close frame (123 bytes)."""
+    """Closes the socket; the reason fits into a close frame (123 bytes)."""
 
     def __init__(self, code: int, reason: str) -> None:
         super().__init__(reason)
@@ -91,7 +91,7 @@ class _Close(Exception):  # noqa: N818
 
 
 class _Frames:
-    """A socket that speaks frames."""
+    """Frames over a WebSocket."""
 
     def __init__(self, socket: WebSocket, max_bytes: int) -> None:
         self._socket = socket
@@ -115,7 +115,7 @@ class _Frames:
             raise _Close(BAD_MESSAGE, "not a frame") from error
 
 
-# ----- the conversation -----------------------------------------------------------------------------------------------
+# ----- the protocol ---------------------------------------------------------------------------------------------------
 
 
 class _Draw(Generation, Control):
@@ -146,7 +146,7 @@ async def _serve(frames: _Frames, engine: Engine, settings: Settings) -> None:
         await page.listen()
     finally:
         drawer.cancel()
-        await asyncio.gather(drawer, return_exceptions=True)  # its job is given up before the socket is
+        await asyncio.gather(drawer, return_exceptions=True)  # its job is cancelled before the socket closes
 
 
 async def _greet(frames: _Frames, settings: Settings) -> None:
@@ -165,7 +165,7 @@ async def _greet(frames: _Frames, settings: Settings) -> None:
 
 
 async def _facts(frames: _Frames, engine: Engine) -> ModelFacts:
-    """What the model can do, which is known once it was loaded."""
+    """The model's facts, after the first load."""
     if engine.facts is None:
         await frames.send({"type": "loading"})
     while engine.facts is None:
@@ -189,7 +189,7 @@ def _welcome(facts: ModelFacts, settings: Settings) -> dict[str, Any]:
 
 
 class _Page:
-    """One page's slot. `listen` fills it, `draw` empties it."""
+    """The slot of one page: `listen` fills it, `draw` empties it."""
 
     def __init__(self, frames: _Frames, engine: Engine, settings: Settings) -> None:
         self._frames = frames
@@ -200,7 +200,7 @@ class _Page:
         self._running: tuple[int, Job] | None = None  # its sequence number too
 
     async def listen(self) -> None:
-        """Follow the page's messages until it goes."""
+        """Handle the page's messages until it disconnects."""
         while True:
             header, body = await self._frames.receive()
             match header.get("type"):
@@ -212,7 +212,7 @@ class _Page:
                     raise _Close(BAD_MESSAGE, f"there is no message {str(other)[:40]!r}")
 
     async def draw(self) -> None:
-        """Draw what is in the slot, one after the other."""
+        """Draw the slot's requests, one after the other."""
         while True:
             await self._filled.wait()
             self._filled.clear()
@@ -241,7 +241,7 @@ class _Page:
 
     async def _cancel(self, sequence: object) -> None:
         if self._running is not None and self._running[0] == sequence:
-            self._running[1].cancel()  # `draw` tells the page
+            self._running[1].cancel()  # `draw` answers
         elif self._waiting is not None and self._waiting.sequence == sequence:
             self._waiting = None
             await self._drop(sequence)
@@ -259,7 +259,7 @@ class _Page:
                 await asyncio.wait([drawn])
             finally:
                 self._running = None
-                job.cancel()  # without effect if it has ended; else the page has gone
+                job.cancel()  # without effect if it has ended; else the page has disconnected
             if drawn.cancelled():
                 return {"type": "dropped", "sequence": wanted.sequence}, b""
             result = drawn.result()

@@ -1,5 +1,5 @@
-// One WebSocket that comes back by itself. It says hello with the key, hands on what the server sends, and after a
-// loss tries again: soon at first, then ever more patiently.
+// One WebSocket that reconnects by itself. It sends a hello with the key, passes on the server's messages, and after a
+// lost connection tries again with growing delays.
 
 import { decodeFrame, encodeFrame } from "./frames.js";
 

@@ -1,4 +1,4 @@
-// Prompts to begin with. Those for the embedded model have pictures, which it drew (benchmarks/page_images.py).
+// Example prompts. Those for the embedded model have pictures, which it drew (benchmarks/page_images.py).
 
 const STEPS = 2; // with which the pictures were drawn
 

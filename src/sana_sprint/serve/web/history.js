@@ -1,4 +1,4 @@
-// The strip of pictures that the hand has paused at, newest first, kept in the browser's own database.
+// The strip of pictures that the user paused on, newest first, kept in the browser's database.
 
 const DATABASE = "sana-sprint";
 const STORE = "pictures";
@@ -29,7 +29,7 @@ export class History {
     while (this.#list.children.length > KEPT) this.#remove(this.#list.lastElementChild);
   }
 
-  /** Forget all pictures. */
+  /** Delete all pictures. */
   clear() {
     for (const item of [...this.#list.children]) this.#remove(item);
   }

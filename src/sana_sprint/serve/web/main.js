@@ -57,7 +57,7 @@ let isRolling = false;
 
 // ----- to the server --------------------------------------------------------------------------------------------------
 
-/** Something that the picture depends on has changed. */
+/** Handle a change of anything that the picture depends on. */
 function changed() {
   clearTimeout(restTimer);
   if (state.values.prompt.trim() === "") slot.withdraw();
@@ -84,7 +84,7 @@ async function send(sequence) {
   );
 }
 
-/** The sketch as a PNG file's bytes; nothing if all of it is erased, there is none, or the model has no use for it. */
+/** The sketch as a PNG file's bytes; undefined if it is empty or the model cannot use one. */
 async function exportSketch(size) {
   if (sketch.isEmpty || welcome.control_kinds.length === 0) return undefined;
   const [width, height] = sides(size);
@@ -116,7 +116,7 @@ function onState(connectionState) {
   if (connectionState === "refused") {
     byId("key-wrong").hidden = !connection.hasKey;
     const ask = () => byId("key-dialog").showModal();
-    status.notice("This server asks for a key.", { label: "Enter the key", act: ask });
+    status.notice("This server needs a key.", { label: "Enter the key", act: ask });
     ask();
   }
 }
@@ -172,7 +172,7 @@ function onError({ sequence, error, retry_after: retryAfter }) {
   slot.retry(sequence, 1000 * retryAfter);
 }
 
-/** Once nothing has changed for a while, the picture is worth keeping. */
+/** Keep the picture once nothing has changed for a while. */
 function rest() {
   clearTimeout(restTimer);
   restTimer = setTimeout(() => {
@@ -182,9 +182,9 @@ function rest() {
   }, REST_MS);
 }
 
-// ----- from the hand --------------------------------------------------------------------------------------------------
+// ----- from the user --------------------------------------------------------------------------------------------------
 
-/** Take the settings of a picture, and its sketch if it has one. */
+/** Restore the settings of a picture, and its sketch if it has one. */
 async function restore({ texts, sketch: actions = [] }) {
   const kept = JSON.parse(texts[SETTINGS]);
   await sketch.prepare(actions);
@@ -210,7 +210,7 @@ async function onFile(file) {
   try {
     if (texts[SETTINGS]) await restore({ texts });
     else if (welcome?.control_kinds.length) await sketch.insert(file);
-    else status.notice("That picture has no settings inside, and this model cannot start from one.");
+    else status.notice("That picture contains no settings, and this model cannot follow a picture.");
   } catch {
     status.notice("That file could not be read as a picture.");
   }
@@ -232,7 +232,7 @@ async function asPng(blob, texts) {
   return writeTexts(new Uint8Array(await png.arrayBuffer()), texts);
 }
 
-/** Draw now; with an open lock, from other noise. */
+/** Draw now; with new noise if the seed is not locked. */
 function drawNow() {
   if (state.values.isLocked) changed();
   else state.set({ seed: randomSeed() });

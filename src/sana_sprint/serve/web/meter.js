@@ -1,4 +1,4 @@
-// How fast it is: the time from a change to its picture on screen, and the pictures per second of the last seconds.
+// Latency from a change to its picture on screen, and pictures per second over the last seconds.
 
 const KEPT = 100; // latencies
 const WINDOW_MS = 3000;

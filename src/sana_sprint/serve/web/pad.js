@@ -1,4 +1,4 @@
-// Hands on the sketch: mouse, finger, pen and arrow keys become strokes.
+// Input for the sketch: mouse, touch, pen and arrow keys become strokes.
 
 const STEP = 0.02; // of the width, per arrow key
 const MOVES = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };

@@ -1,5 +1,5 @@
 // The picture on screen. A new one replaces the old in one go, without a blank or a fade between them; one that was
-// decoded too late, after a newer one, is thrown away.
+// decoded too late, after a newer one, is dropped.
 
 export class Picture {
   #canvas;

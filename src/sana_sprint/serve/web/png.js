@@ -1,4 +1,4 @@
-// Text inside PNG files: how a picture was made travels with it.
+// Text chunks of PNG files, which hold a picture's settings.
 
 const SIGNATURE = [137, 80, 78, 71, 13, 10, 26, 10];
 const IHDR_END = SIGNATURE.length + 25; // IHDR is always first: 12 bytes around 13

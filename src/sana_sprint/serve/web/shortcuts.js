@@ -1,4 +1,4 @@
-// Single keys, for when the cursor is not in a field.
+// Single-key shortcuts, active when the cursor is not in a field.
 
 const byId = (id) => document.getElementById(id);
 const press = (id) => () => byId(id).click();
@@ -17,7 +17,7 @@ const KEYS = {
   x: press("clear"),
 };
 
-/** Listen to keys; which may be switched off, since they get in the way of speech input. */
+/** Listen to keys. They can be switched off, because they interfere with speech input. */
 export function bindShortcuts(state) {
   addEventListener("keydown", (event) => {
     if (document.querySelector("dialog[open]") || event.isComposing) return;

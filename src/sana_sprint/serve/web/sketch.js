@@ -1,4 +1,4 @@
-// The sketch as a list of what was done: strokes, pictures put in, clearings. Undo takes the last one off the list.
+// The sketch as a list of actions: strokes, inserted pictures, clears. Undo removes the last one.
 // Lengths are shares of the width, so the same sketch can be shown large and sent small.
 
 const PAPER = "white";
@@ -121,7 +121,7 @@ function paintStroke(context, { ink, width, points }) {
   context.fill();
 }
 
-/** As large as needed to leave no paper, the middle in the middle. */
+/** Scaled to cover the paper, centred. */
 function paintCovering(context, bitmap) {
   const { width, height } = context.canvas;
   const scale = Math.max(width / bitmap.width, height / bitmap.height);

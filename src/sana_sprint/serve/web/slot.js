@@ -1,5 +1,5 @@
-// Latest wins: at most one request is in flight, and what goes out next is whatever the page says by then. Nothing is
-// queued, so a fast hand cannot get ahead of a slow model by more than one picture.
+// Latest wins: at most one request is in flight, and the next one is built from the page's state at that time. Nothing is
+// queued, so fast input cannot get ahead of a slow model by more than one picture.
 
 const PATIENCE_MS = 2000; // a picture that takes longer is given up once the input has changed
 

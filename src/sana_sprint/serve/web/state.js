@@ -1,4 +1,4 @@
-// What the page is set to: one plain object, kept across reloads. Whoever wants to know of changes listens.
+// The page's settings: one plain object, kept across reloads. Listeners are called on changes.
 
 const STORAGE_KEY = "sana-sprint";
 
@@ -10,7 +10,7 @@ const DEFAULTS = {
   guidance: 4.5,
   strength: 1,
   kind: "",
-  size: "", // "WIDTHxHEIGHT"; empty until the server has said what its model draws
+  size: "", // "WIDTHxHEIGHT"; empty until the server has sent its model's size
   isCrisp: false,
   lineWidth: 6,
   theme: "auto",
@@ -28,7 +28,7 @@ export class State {
     return this.#values;
   }
 
-  /** Change some settings. Listeners are told which, if any differ from before. */
+  /** Change some settings. Listeners get the names of those that differ from before. */
   set(changes) {
     const names = Object.keys(changes).filter((name) => changes[name] !== this.#values[name]);
     if (names.length === 0) return;
@@ -43,13 +43,13 @@ export class State {
   }
 }
 
-/** What was kept, as far as it still is a setting of the same type. */
+/** The stored settings that still exist and have the same type. */
 function stored() {
   try {
     const kept = Object.entries(JSON.parse(localStorage.getItem(STORAGE_KEY)) ?? {});
     return Object.fromEntries(kept.filter(([name, value]) => typeof value === typeof DEFAULTS[name]));
   } catch {
-    return {}; // not JSON: someone else's, or cut off
+    return {}; // not JSON: written by another page, or truncated
   }
 }
 

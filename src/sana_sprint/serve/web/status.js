@@ -1,5 +1,5 @@
-// What the page says about itself, in words: the state of the connection, notices, and to those who listen instead of
-// looking the picture that stays. Nothing here speaks with every frame.
+// Status in words: the state of the connection, notices, and announcements to screen readers of pictures that stay.
+// Nothing here is announced for every frame.
 
 const CONNECTION = {
   connecting: "Connecting",
@@ -33,7 +33,7 @@ export class Status {
     this.#connection.textContent = CONNECTION[state];
   }
 
-  /** A sentence that stays until `clear`; perhaps with something to do about it: {label, act}. */
+  /** Show a sentence until `clear`, optionally with a button: {label, act}. */
   notice(text, remedy) {
     if (this.#text.textContent !== text) this.#text.textContent = text;
     this.#action.hidden = !remedy;
@@ -49,7 +49,7 @@ export class Status {
     this.#text.textContent = "";
   }
 
-  /** Tell a screen reader, when it has finished what it is saying. */
+  /** Announce text to a screen reader, after its current announcement. */
   announce(text) {
     this.#announcer.textContent = text;
   }

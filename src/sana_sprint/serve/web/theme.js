@@ -1,4 +1,4 @@
-// Light or dark: as the system has it until the button says otherwise.
+// Light or dark: the system's theme until the button is used.
 
 const dark = matchMedia("(prefers-color-scheme: dark)");
 

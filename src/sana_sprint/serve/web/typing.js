@@ -1,4 +1,4 @@
-// When a change of the prompt is worth a picture: at the end of a word at once, within a word once the hand rests.
+// When to draw while the user types: at once at the end of a word, within a word after a pause.
 
 const PAUSE_MS = 50; // keys of one burst are closer together; a slower hand sees half words, and loses nothing
 
