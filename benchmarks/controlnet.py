@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sana_sprint import backends
 from sana_sprint.models.controlnet import TOPOLOGIES, ControlContext, SanaControlNetModel
 from sana_sprint.models.transformer import CaptionContext, SanaTransformer2DModel, TransformerConfig
 
@@ -72,6 +73,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     with device:
         transformer = SanaTransformer2DModel(TransformerConfig(**fields)).bfloat16().eval()
         branch = SanaControlNetModel.from_transformer(transformer, copies, arguments.topology)
+        for model in (transformer, branch):
+            backends.apply(model)
         # A trained branch has no zero projections.
         for layer in (branch.input_block, *branch.controlnet_blocks):
             torch.nn.init.normal_(layer.weight, std=0.01)

@@ -40,6 +40,7 @@ import torch
 from tangent import SHAPES
 from torch import Tensor
 
+from sana_sprint import backends
 from sana_sprint.models.text_encoder import PromptEmbeddings
 from sana_sprint.models.transformer import CaptionContext, SanaTransformer2DModel, TransformerConfig
 from sana_sprint.train.config import StudentRun
@@ -101,7 +102,7 @@ def make_task(arguments: argparse.Namespace) -> Task:
     batch = arguments.batch or batch
     generator = torch.Generator().manual_seed(0)
     config = TransformerConfig.from_dict({**values, "guidance_embeds": False, "timestep_scale": 0.001})
-    model = SanaTransformer2DModel(config)
+    model = backends.apply(SanaTransformer2DModel(config))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -126,7 +127,7 @@ class TaskModels:
     """The task's teacher and a student that starts as it, as the student stage has them."""
 
     def __init__(self, task: Task) -> None:
-        self.teacher = SanaTransformer2DModel(task.config).requires_grad_(False)
+        self.teacher = backends.apply(SanaTransformer2DModel(task.config)).requires_grad_(False)
         self.teacher.load_state_dict(task.weights)
         self.student = with_guidance(self.teacher)
         self.trained = self.student

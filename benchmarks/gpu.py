@@ -40,9 +40,8 @@ from full_size import PROMPT, TRANSFORMER
 from gpu_world import TINY_TRANSFORMER, World, make_world
 from quantized import megabytes
 
-from sana_sprint import SanaSprintControlNetPipeline
+from sana_sprint import SanaSprintControlNetPipeline, backends
 from sana_sprint.backends.cuda.graphs import CallGraphs, StepGraphs
-from sana_sprint.backends.cuda.transformer import use_fused_kernels
 from sana_sprint.models.controlnet import SanaControlNetModel
 from sana_sprint.quantize import PRESETS
 from sana_sprint.quantize.models import quantize_model
@@ -180,7 +179,7 @@ def control(world: World) -> dict[str, Any]:
     if world.has_kernels:
         world.accelerate(kernels=True, graphs=True)
         pipe.enable_fused_kernels()
-        branch.graphs = CallGraphs()
+        backends.record(branch, CallGraphs())
         found["kernels + graphs"] = summary(clock({"fast": draw}, world.rounds)["fast"])
     return found
 
@@ -208,9 +207,9 @@ def quantized(world: World) -> dict[str, Any]:
         except ValueError as error:
             found[str(preset)] = {"refused": str(error)}
             continue
-        use_fused_kernels(model, world.has_kernels)
+        backends.use_kernels(model, world.has_kernels)
         error = distance(evaluate(model), expected)
-        model.graphs = StepGraphs() if world.has_kernels else None
+        backends.record(model, StepGraphs() if world.has_kernels else None)
         row = summary(clock({"step": partial(evaluate, model)}, world.rounds)["step"])
         found[preset or "bf16"] = {**row, "MB": megabytes(model), "error": error}
         del model

@@ -13,7 +13,7 @@ import torch
 from full_size import AUTOENCODER, PROMPT, TRANSFORMER, random_weights
 from text_encoding import random_gemma, word_tokenizer
 
-from sana_sprint import SanaSprintPipeline
+from sana_sprint import SanaSprintPipeline, backends
 from sana_sprint.backends.cuda.graphs import CallGraphs, StepGraphs
 from sana_sprint.models.autoencoder import AutoencoderConfig, AutoencoderDC
 from sana_sprint.models.transformer import SanaTransformer2DModel, TransformerConfig
@@ -70,7 +70,7 @@ class World:
         """Switch ours. The graphs outlive being switched off."""
         self.ours.enable_fused_kernels(kernels)
         for name, recorded in self.graphs.items():
-            getattr(self.ours, name).graphs = recorded if graphs else None
+            backends.record(getattr(self.ours, name), recorded if graphs else None)
 
     @property
     def has_kernels(self) -> bool:

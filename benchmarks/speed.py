@@ -102,6 +102,7 @@ def models(kind: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Side -> transformer or autoencoder, of the same weights."""
     import diffusers
 
+    from sana_sprint import backends
     from sana_sprint.models.autoencoder import AutoencoderConfig, AutoencoderDC
     from sana_sprint.models.transformer import SanaTransformer2DModel, TransformerConfig
 
@@ -116,6 +117,7 @@ def models(kind: str, arguments: argparse.Namespace) -> dict[str, Any]:
     with torch.device("meta"):
         theirs = make()
     theirs.load_state_dict(ours.state_dict(), assign=True)
+    backends.apply(ours)
     for model in (ours, theirs):
         model.to(arguments.device).eval().requires_grad_(False)
     return {"ours": ours, "diffusers": theirs}

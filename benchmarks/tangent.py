@@ -20,6 +20,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from sana_sprint import backends
 from sana_sprint.models.transformer import CaptionContext, SanaTransformer2DModel, TransformerConfig
 from sana_sprint.train.losses.tangent import WAYS, TangentKind
 from sana_sprint.trigflow import flow_denoiser, lognormal_times
@@ -83,7 +84,7 @@ def measure(shape: str, arguments: argparse.Namespace) -> dict[str, dict[str, fl
     """Measures milliseconds, forward passes and error of each method."""
     values, batch, side, tokens = SHAPES[shape]
     torch.manual_seed(0)
-    transformer = SanaTransformer2DModel(TransformerConfig.from_dict(values)).eval()
+    transformer = backends.apply(SanaTransformer2DModel(TransformerConfig.from_dict(values)).eval())
     for parameter in transformer.parameters():
         if parameter.ndim > 1:  # of fan-in scale, so that F depends on every layer
             parameter.normal_(0, parameter[0].numel() ** -0.5)

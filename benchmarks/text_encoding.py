@@ -17,7 +17,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
 
-from sana_sprint.models.text_encoder import PromptEncoder
+from sana_sprint.backends.prompt_cache import CachedPromptEncoder
 from sana_sprint.prompts import COMPLEX_HUMAN_INSTRUCTION, DEFAULT_MAX_SEQUENCE_LENGTH
 
 PROMPT = "a tiny kitten asleep in an egg on the moon, soft light, dust in the air, film"  # 20 tokens
@@ -97,7 +97,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     tokenizer, model = word_tokenizer(), random_gemma(arguments.layers)
-    encoder = PromptEncoder(tokenizer, model)
+    encoder = CachedPromptEncoder(tokenizer, model)
 
     def ours() -> Tensor:
         return encoder.encode([PROMPT], complex_human_instruction=COMPLEX_HUMAN_INSTRUCTION).embeds

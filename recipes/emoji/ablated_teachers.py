@@ -86,8 +86,10 @@ def tangent_sizes(folder: Path, count: int) -> list[float]:
 
     from recipes.emoji.judge import evaluation_scenes
     from recipes.emoji.scenes import render
+    from sana_sprint import backends
+    from sana_sprint.backends.prompt_cache import CachedPromptEncoder
     from sana_sprint.models.autoencoder import AutoencoderDC
-    from sana_sprint.models.text_encoder import PromptEncoder, load_text_encoder, load_tokenizer
+    from sana_sprint.models.text_encoder import load_text_encoder, load_tokenizer
     from sana_sprint.models.transformer import SanaTransformer2DModel
     from sana_sprint.train.data.pictures import to_tensor
     from sana_sprint.train.distributed import device
@@ -97,10 +99,12 @@ def tangent_sizes(folder: Path, count: int) -> list[float]:
     from sana_sprint.weights import load_model
 
     place = device()
-    vae = load_model(AutoencoderDC, folder / "vae", dtype=torch.float32, device=place)
-    model = load_model(SanaTransformer2DModel, folder / "transformer", dtype=torch.float32, device=place)
+    vae = backends.apply(load_model(AutoencoderDC, folder / "vae", dtype=torch.float32, device=place))
+    model = backends.apply(
+        load_model(SanaTransformer2DModel, folder / "transformer", dtype=torch.float32, device=place)
+    )
     text_encoder = load_text_encoder(folder / "text_encoder", device=place)
-    encoder = PromptEncoder(load_tokenizer(folder / "tokenizer"), text_encoder)
+    encoder = CachedPromptEncoder(load_tokenizer(folder / "tokenizer"), text_encoder)
     scenes = evaluation_scenes(count)
     torch.manual_seed(0)
     times = lognormal_times(count, mean=0.2, std=1.6)

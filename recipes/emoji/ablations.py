@@ -177,6 +177,7 @@ def _encode_all(arguments: argparse.Namespace) -> None:
 def _encode(samples: range, *, source: str, autoencoder: Path, output: Path) -> None:
     import torch
 
+    from sana_sprint import backends
     from sana_sprint.models.autoencoder import AutoencoderDC
     from sana_sprint.train.cache.latents import cached_latents
     from sana_sprint.train.data.source import FunctionSource
@@ -185,7 +186,7 @@ def _encode(samples: range, *, source: str, autoencoder: Path, output: Path) -> 
 
     part = FunctionSource(source)
     part.training = samples
-    vae = load_model(AutoencoderDC, autoencoder, dtype=torch.float32, device=device())
+    vae = backends.apply(load_model(AutoencoderDC, autoencoder, dtype=torch.float32, device=device()))
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # its progress bar
         cached_latents(output, part, len(samples), vae, report=lambda line: None)
 

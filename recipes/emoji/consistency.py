@@ -17,7 +17,9 @@ from torch import Tensor
 
 from recipes.emoji.evaluate import Teacher
 from recipes.emoji.scenes import render, sample_scene
-from sana_sprint.models.text_encoder import PromptEncoder, load_text_encoder, load_tokenizer
+from sana_sprint import backends
+from sana_sprint.backends.prompt_cache import CachedPromptEncoder
+from sana_sprint.models.text_encoder import load_text_encoder, load_tokenizer
 from sana_sprint.models.transformer import SanaTransformer2DModel
 from sana_sprint.train.cache.trajectories import trace
 from sana_sprint.train.data.pictures import to_tensor
@@ -51,8 +53,10 @@ def distances(arguments: argparse.Namespace) -> list[tuple[float, float, float]]
     """Computes (angle, student's distance, teacher's distance) for every angle."""
     teacher = Teacher(arguments.teacher)
     folder = resolve_folder(arguments.model)
-    student = load_model(SanaTransformer2DModel, folder / "transformer", dtype=torch.float32)
-    encoder = PromptEncoder(load_tokenizer(folder / "tokenizer"), load_text_encoder(folder / "text_encoder"))
+    student = backends.apply(load_model(SanaTransformer2DModel, folder / "transformer", dtype=torch.float32))
+    encoder = CachedPromptEncoder(
+        load_tokenizer(folder / "tokenizer"), load_text_encoder(folder / "text_encoder")
+    )
     scenes = [sample_scene(FIRST_SEED + i) for i in range(arguments.count)]
     captions = [scene.caption for scene in scenes]
     torch.manual_seed(0)

@@ -18,13 +18,14 @@ from PIL import Image
 
 from recipes.emoji import judge
 from recipes.emoji.scenes import SIZE, Scene, render
-from sana_sprint import SanaSprintPipeline
+from sana_sprint import SanaSprintPipeline, backends
+from sana_sprint.backends.prompt_cache import CachedPromptEncoder
 from sana_sprint.evaluate.compositional import draw, score, table
 from sana_sprint.evaluate.features import dcae_features, features_of
 from sana_sprint.evaluate.frechet import distance, fit
 from sana_sprint.images import to_pil
 from sana_sprint.models.autoencoder import AutoencoderDC
-from sana_sprint.models.text_encoder import PromptEncoder, load_text_encoder, load_tokenizer
+from sana_sprint.models.text_encoder import load_text_encoder, load_tokenizer
 from sana_sprint.models.transformer import SanaTransformer2DModel
 from sana_sprint.train.config import StudentRun, load_config
 from sana_sprint.train.distributed import device
@@ -87,11 +88,13 @@ class Teacher:
         assert isinstance(recipe, StudentRun)
         self.recipe = recipe
         self.device = device()
-        self.transformer = load_model(SanaTransformer2DModel, folder / "transformer", device=self.device)
-        self.autoencoder = load_model(AutoencoderDC, folder / "vae", device=self.device)
+        self.transformer = backends.apply(
+            load_model(SanaTransformer2DModel, folder / "transformer", device=self.device)
+        )
+        self.autoencoder = backends.apply(load_model(AutoencoderDC, folder / "vae", device=self.device))
         self.autoencoder.to(memory_format=torch.channels_last)
         text_encoder = load_text_encoder(folder / "text_encoder", device=self.device)
-        self.encoder = PromptEncoder(load_tokenizer(folder / "tokenizer"), text_encoder)
+        self.encoder = CachedPromptEncoder(load_tokenizer(folder / "tokenizer"), text_encoder)
 
     def velocity(self, captions: Sequence[str], guidance: float) -> Velocity:
         """Predicts the guided velocity for pictures with these captions."""

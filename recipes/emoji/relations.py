@@ -22,7 +22,8 @@ from torch.nn import functional as F
 
 from recipes.emoji import vocabulary as words
 from recipes.emoji.scenes import Scene, describe, sample_scene
-from sana_sprint.models.text_encoder import PromptEncoder, load_text_encoder, load_tokenizer
+from sana_sprint.backends.prompt_cache import CachedPromptEncoder
+from sana_sprint.models.text_encoder import load_text_encoder, load_tokenizer
 from sana_sprint.train.models.text_encoder import save_text
 from sana_sprint.train.optim.optimizers import clip, make_optimizers, rate, set_rate
 from sana_sprint.train.sections import OptimizerConfig
@@ -71,8 +72,8 @@ def main() -> None:
     torch.manual_seed(0)
     tokenizer = load_tokenizer(arguments.teacher / "tokenizer")
     text_encoder = load_text_encoder(arguments.teacher / "text_encoder", dtype=torch.float32)
-    before = PromptEncoder(tokenizer, copy.deepcopy(text_encoder).requires_grad_(False))
-    encoder = PromptEncoder(tokenizer, text_encoder.train())
+    before = CachedPromptEncoder(tokenizer, copy.deepcopy(text_encoder).requires_grad_(False))
+    encoder = CachedPromptEncoder(tokenizer, text_encoder.train())
     train(encoder, before, arguments.steps)
     save_text(tokenizer, text_encoder, arguments.output)
     for part in ("transformer", "vae"):
@@ -80,7 +81,7 @@ def main() -> None:
     print(f"wrote {arguments.output}")
 
 
-def train(encoder: PromptEncoder, before: PromptEncoder, steps: int) -> None:
+def train(encoder: CachedPromptEncoder, before: CachedPromptEncoder, steps: int) -> None:
     """Trains the encoder in place and prints how often it knows what stands where."""
     learner = nn.ModuleDict(
         {"encoder": encoder.text_encoder, "readout": Readout(encoder.text_encoder.config.hidden_size)}

@@ -186,11 +186,12 @@ def measure(
 
 def reconstruction(folder: Path) -> Callable[[np.ndarray], np.ndarray]:
     """The function that encodes and decodes a picture with the autoencoder in a folder."""
+    from sana_sprint import backends
     from sana_sprint.images import to_pil  # only with a folder: the judge itself needs no model
     from sana_sprint.models.autoencoder import AutoencoderDC
     from sana_sprint.weights import load_model
 
-    model = load_model(AutoencoderDC, folder, dtype=torch.float32)
+    model = backends.apply(load_model(AutoencoderDC, folder, dtype=torch.float32))
 
     def encode(image: np.ndarray) -> np.ndarray:
         pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1

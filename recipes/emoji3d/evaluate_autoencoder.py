@@ -11,6 +11,7 @@ from torch import Tensor
 
 from recipes.emoji3d.samples import evaluation_prompts
 from recipes.emoji3d.scenes import render
+from sana_sprint import backends
 from sana_sprint.images import grid, to_pil
 from sana_sprint.models.autoencoder import AutoencoderDC
 from sana_sprint.weights import load_model
@@ -28,7 +29,7 @@ def main() -> None:
     parser.add_argument("--tier", default="everyday", help="whose concepts: everyday, further or all")
     parser.add_argument("--out", type=Path, help="a PNG file for the first 24 and their reconstructions")
     arguments = parser.parse_args()
-    model = load_model(AutoencoderDC, arguments.folder, dtype=torch.float32)
+    model = backends.apply(load_model(AutoencoderDC, arguments.folder, dtype=torch.float32))
     prompts = evaluation_prompts(arguments.count, tier=arguments.tier)
     image = _tensor([np.asarray(render(prompt.scene, arguments.side)) for prompt in prompts])
     restored = reconstruct(model, image)

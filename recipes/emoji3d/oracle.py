@@ -16,6 +16,7 @@ from torch import Tensor
 from recipes.emoji3d.judge import judge_many, summarize
 from recipes.emoji3d.samples import Prompt, evaluation_prompts, redraw
 from recipes.emoji3d.scenes import render
+from sana_sprint import backends
 from sana_sprint.images import grid, to_pil
 from sana_sprint.models.autoencoder import AutoencoderDC
 from sana_sprint.weights import load_model
@@ -31,7 +32,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=128, help="pixels of the pictures (default: 128)")
     parser.add_argument("--out", type=Path, help="a PNG file for the first 48 means")
     arguments = parser.parse_args()
-    model = load_model(AutoencoderDC, arguments.autoencoder, dtype=torch.float32)
+    model = backends.apply(load_model(AutoencoderDC, arguments.autoencoder, dtype=torch.float32))
     prompts = evaluation_prompts(arguments.count, tier=arguments.tier)
     means = [mean_picture(model, prompt, arguments.pictures, arguments.side) for prompt in prompts]
     pictures = to_pil(torch.cat(means))

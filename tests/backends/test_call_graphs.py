@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from sana_sprint import SanaSprintControlNetPipeline
+from sana_sprint import SanaSprintControlNetPipeline, backends
 from sana_sprint.backends.cuda.graphs import TOKENS, CallGraphs, StepGraphs
 from sana_sprint.models.controlnet import SanaControlNetModel
 from sana_sprint.prompts import COMPLEX_HUMAN_INSTRUCTION
@@ -20,6 +20,13 @@ INSTRUCTION = [COMPLEX_HUMAN_INSTRUCTION[0]]
 def graphs(limit=8):
     recorder = FakeRecorder()
     return CallGraphs(limit, record=recorder, device_type="cpu"), recorder
+
+
+def record(model):
+    """Graphs for a model; returns what counts its recordings."""
+    calls, recorder = graphs()
+    backends.record(model, calls)
+    return recorder
 
 
 def sketch(where=8):
@@ -53,8 +60,8 @@ def test_pictures_of_recorded_calls_are_the_pictures(pipe):
     expected = [draw(call) for call in calls]
     recorders = {}
     for name in ("text_encoder", "vae", "controlnet"):
-        getattr(pipe, name).graphs, recorders[name] = graphs()
-    pipe.transformer.graphs = StepGraphs(record=FakeRecorder(), device_type="cpu")
+        recorders[name] = record(getattr(pipe, name))
+    backends.record(pipe.transformer, StepGraphs(record=FakeRecorder(), device_type="cpu"))
     for call, pictures in [*zip(calls, expected, strict=True)] * 2:
         torch.testing.assert_close(draw(call), pictures, rtol=1e-4, atol=1e-4)
     # Batches of one and of two, each: prompts; encoding (one sketch always) and decoding; captions, and steps at two
@@ -75,7 +82,7 @@ def test_prompts_of_other_instructions_are_recorded_anew(pipe):
         return encoder.encode([PROMPT], complex_human_instruction=instruction).embeds
 
     expected = [embeds(instruction) for instruction in (INSTRUCTION, others)]
-    pipe.text_encoder.graphs, recorder = graphs()
+    recorder = record(pipe.text_encoder)
     for instruction, reference in zip((INSTRUCTION, others), expected, strict=True):
         torch.testing.assert_close(embeds(instruction), reference, rtol=1e-5, atol=1e-5)
     assert recorder.recorded == 2
@@ -83,7 +90,6 @@ def test_prompts_of_other_instructions_are_recorded_anew(pipe):
         for parameter in pipe.text_encoder.parameters():
             parameter.mul_(1.1)  # the instruction's keys are made again
     fresh = copy.deepcopy(pipe.text_encoder)
-    del fresh.graphs
     encoder.text_encoder = fresh
     reference = embeds(INSTRUCTION)
     encoder.text_encoder = pipe.text_encoder
@@ -93,11 +99,11 @@ def test_prompts_of_other_instructions_are_recorded_anew(pipe):
 
 @torch.no_grad()
 def test_large_pictures_and_gradients_run_as_always(pipe, monkeypatch):
-    pipe.vae.graphs, recorder = graphs()
+    recorder = record(pipe.vae)
     latent = torch.randn(1, pipe.vae.config.latent_channels, 4, 4)
     with torch.enable_grad():
         pipe.vae.decode(latent)
-    monkeypatch.setattr("sana_sprint.models.autoencoder._LARGEST_RECORDED", 255)
+    monkeypatch.setattr("sana_sprint.backends.cuda.recorded.LARGEST_RECORDED", 255)
     pipe.vae.decode(latent)
     assert recorder.recorded == 0
     pipe.vae.decode(latent[:, :, :2])
@@ -118,6 +124,6 @@ def test_the_least_used_call_makes_room():
 def test_the_switch_of_the_pipeline(pipe):
     pipe.enable_cuda_graphs(limit=2)
     models = (pipe.text_encoder, pipe.vae, pipe.controlnet)
-    assert [model.graphs.limit for model in models] == [2, 2, 2]
+    assert [backends.recordings(model).limit for model in models] == [2, 2, 2]
     pipe.enable_cuda_graphs(False)
-    assert [model.graphs for model in models] == [None, None, None]
+    assert [backends.recordings(model) for model in models] == [None, None, None]

@@ -11,26 +11,26 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sana_sprint.backends.cuda import transformer as fused
+from sana_sprint import backends
+from sana_sprint.backends.cpu import subpixel
+from sana_sprint.backends.cuda import device
 from sana_sprint.models.autoencoder import AutoencoderConfig, AutoencoderDC
-from sana_sprint.models.dc_blocks import ChannelRMSNorm, Fusible
+from sana_sprint.models.dc_blocks import ChannelRMSNorm, ResBlock
 from sana_sprint.models.layers import GatedConvFeedForward, LinearSelfAttention, RMSNorm, modulate
 from sana_sprint.models.transformer import SanaTransformer2DModel, TransformerConfig
-from sana_sprint.models.upsampling import phase_kernels, upsample
-from tests.helpers.autoencoders import AUTOENCODERS
+from tests.helpers.autoencoders import AUTOENCODERS, tiny_autoencoder
 from tests.helpers.models import TRANSFORMERS, randomize
 from tests.helpers.text import tiny_text_encoder
 
 pytest.importorskip("triton", reason="fused kernels need Triton")
 
-from sana_sprint.backends.cuda.autoencoder import use_fused_pixels
 from sana_sprint.backends.cuda.kernels import norms, pixels
 from sana_sprint.backends.cuda.kernels.attention import linear_attention
 from sana_sprint.backends.cuda.kernels.convolution import depthwise5, gated_depthwise
 from sana_sprint.backends.cuda.kernels.norms import gated_sum, modulated_norm, rms_norm
-from sana_sprint.backends.cuda.text_encoder import use_fused_norms
 from sana_sprint.quantize import rounding
 from sana_sprint.quantize.layers import QuantizedLinear
+from sana_sprint.quantize.models import quantize_model
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 B, D = 2, 24
@@ -153,7 +153,14 @@ def inputs(model, side=2):
 
 @pytest.fixture
 def on_any_device(monkeypatch):
-    monkeypatch.setattr(fused, "runs_on", lambda device: True)
+    monkeypatch.setattr(device, "runs_on", lambda device: True)
+
+
+def counted(monkeypatch, module, name):
+    """The calls of a kernel from now on."""
+    calls, run = [], getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args, **named: calls.append(args) or run(*args, **named))
+    return calls
 
 
 @pytest.mark.parametrize("name", ["sprint", "plain"])
@@ -161,42 +168,40 @@ def on_any_device(monkeypatch):
 def test_a_fused_model_is_the_plain_one(name, monkeypatch):
     model = tiny_model(name)
     arguments = inputs(model)
-    calls = []
-    run = fused._run
-    monkeypatch.setattr(fused, "_run", lambda *args: calls.append(args) or run(*args))
+    calls = counted(monkeypatch, norms, "gated_sum")
     with torch.no_grad():
         plain = model(*arguments)
-        fused.use_fused_kernels(model, True)
+        backends.use_kernels(model)
         assert error(model(*arguments), plain) < 64 * roundoff(
             torch.float32
         )  # two dozen fp32 operations in other orders
-        assert len(calls) == 1
-        fused.use_fused_kernels(model, False)
+        assert len(calls) == 2  # for each branch of the block
+        backends.use_kernels(model, False)
         assert torch.equal(model(*arguments), plain)
-    assert len(calls) == 1
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("case", ["grad", "autocast", "affine", "plain attention", "fp64", "cpu"])
 def test_where_kernels_do_not_apply_the_plain_path_runs(case, monkeypatch):
     if case != "cpu":
-        monkeypatch.setattr(fused, "runs_on", lambda device: True)
+        monkeypatch.setattr(device, "runs_on", lambda device: True)
     model = tiny_model("biases_and_affine" if case == "affine" else "sprint")
     if case == "fp64":
         model = model.double()
     model.set_fused_attention(case != "plain attention")
     arguments = inputs(model)
     plain = copy.deepcopy(model)
-    fused.use_fused_kernels(model, True)
+    backends.use_kernels(model)
     with torch.set_grad_enabled(case == "grad"), torch.autocast("cpu", enabled=case == "autocast"):
         assert torch.equal(model(*arguments), plain(*arguments))
 
 
 def test_without_triton_the_switch_says_so(monkeypatch):
-    monkeypatch.setattr(fused, "find_spec", lambda name: None)
+    monkeypatch.setattr(device, "find_spec", lambda name: None)
     model = tiny_model()
     with pytest.raises(ValueError, match="pip install triton"):
-        fused.use_fused_kernels(model, True)
-    fused.use_fused_kernels(model, False)
+        backends.use_kernels(model)
+    backends.use_kernels(model, False)
 
 
 # ----- an autoencoder -------------------------------------------------------------------------------------------------
@@ -229,12 +234,12 @@ def test_norm_of_pixels(dtype, adds):
 def test_phases_in_their_places(dtype, inputs, repeats):
     conv = torch.nn.Conv2d(inputs, inputs * (repeats or 1) // 4, 3, padding=1)
     conv = conv.to(dtype).requires_grad_(False)
-    x, kernels = channels_last(B, inputs, 3, 5, dtype=dtype), phase_kernels(conv.weight)
+    x, kernels = channels_last(B, inputs, 3, 5, dtype=dtype), subpixel.phase_kernels(conv.weight)
     phases = F.conv2d(x, kernels, padding=1).contiguous(memory_format=torch.channels_last)
     out = pixels.interleave(phases, conv.bias, x if repeats else None, repeats or 1)
     exact, wide, biases = (tensor.double() for tensor in (x, kernels, conv.bias.repeat(4)))
     convolve = partial(F.conv2d, weight=wide, bias=biases, padding=(0, 1))
-    expected = upsample(exact, convolve, len(conv.bias), repeats)
+    expected = subpixel.upsample(exact, convolve, len(conv.bias), repeats)
     assert error(out, expected) < 4 * roundoff(dtype)  # the convolution's rounding, then one
     assert out.is_contiguous(memory_format=torch.channels_last)
     out = pixels.interleave(phases.float(), None, None, 1)  # nothing added: every number in its place
@@ -262,37 +267,42 @@ def test_bias_and_silu(dtype):
 @pytest.mark.parametrize("name", list(AUTOENCODERS))
 @pytest.mark.usefixtures("on_any_device")
 @torch.no_grad()
-def test_a_fused_autoencoder_is_the_plain_one(name):
-    model = AutoencoderDC(AutoencoderConfig(**AUTOENCODERS[name]))
-    randomize(model)
-    model = model.eval()
+def test_a_fused_autoencoder_is_the_plain_one(name, monkeypatch):
+    model = tiny_autoencoder(name)
     ratio = model.spatial_compression_ratio
     picture = torch.randn(1, model.config.in_channels, 4 * ratio, 2 * ratio)
     latent = model.encode(picture)
     plain = model.decode(latent)
-    use_fused_pixels(model, True)
-    calls = []
-    for module in model.modules():
-        if isinstance(module, Fusible):
-            run = module.fused
-            module.fused = lambda *args, run=run: calls.append((args[0], run(*args))) or calls[-1][1]
+    backends.use_kernels(model)
+    normed, activated = (counted(monkeypatch, pixels, kernel) for kernel in ("rms_norm", "silu"))
     assert error(model.encode(picture), latent) < 64 * roundoff(torch.float32)
     assert error(model.decode(latent), plain) < 64 * roundoff(torch.float32)
-    assert len(calls) > 0
+    assert len(normed) > 0
     # Of activations there is a kernel for the published one.
-    plain_ones = {type(block.nonlinearity) for block, out in calls if out is None}
-    assert torch.nn.SiLU not in plain_ones
-    use_fused_pixels(model, False)
+    blocks = [module for module in model.modules() if isinstance(module, ResBlock)]
+    assert len(activated) == sum(isinstance(block.nonlinearity, torch.nn.SiLU) for block in blocks)
+    backends.remove(model)
     assert torch.equal(model.decode(latent), plain)
+
+
+@pytest.mark.usefixtures("on_any_device")
+@torch.no_grad()
+def test_a_fused_autoencoder_may_be_quantised():
+    model = backends.apply(tiny_autoencoder("published"))
+    quantize_model(model, "vae", "int8-weights")
+    latent = torch.randn(1, 4, 4, 2)
+    plain = model.decode(latent)
+    backends.use_kernels(model)
+    assert error(model.decode(latent), plain) < 64 * roundoff(torch.float32)
 
 
 @torch.no_grad()
-def test_an_autoencoder_on_a_cpu_stays_plain():
-    model = AutoencoderDC(AutoencoderConfig(**next(iter(AUTOENCODERS.values())))).eval()
+def test_an_autoencoder_on_a_cpu_stays_as_it_is():
+    model = backends.apply(tiny_autoencoder())
     latent = torch.randn(1, model.config.latent_channels, 2, 2)
-    plain = model.decode(latent)
-    use_fused_pixels(model, True)
-    assert torch.equal(model.decode(latent), plain)
+    expected = model.decode(latent)
+    backends.use_kernels(model)
+    assert torch.equal(model.decode(latent), expected)
 
 
 # ----- a text encoder -------------------------------------------------------------------------------------------------
@@ -305,15 +315,13 @@ def test_a_fused_text_encoder_is_the_plain_one(monkeypatch):
     randomize(model)
     tokens = torch.arange(7)[None]
     plain = model(tokens).last_hidden_state
-    use_fused_norms(model, True)
-    calls = []
-    run = norms.rms_norm
-    monkeypatch.setattr(norms, "rms_norm", lambda *args, **named: calls.append(args) or run(*args, **named))
+    backends.use_kernels(model)
+    calls = counted(monkeypatch, norms, "rms_norm")
     assert error(model(tokens).last_hidden_state, plain) < 64 * roundoff(torch.float32)
     assert len(calls) == 4 * model.config.num_hidden_layers + 1
     with torch.enable_grad():
         assert torch.equal(model(tokens).last_hidden_state, plain)
-    use_fused_norms(model, False)
+    backends.use_kernels(model, False)
     assert torch.equal(model(tokens).last_hidden_state, plain)
 
 
@@ -360,7 +368,7 @@ def test_published_shapes_on_the_gpu(dtype):
     model = model.to(dtype)
     context = model.encode_caption(text.to(dtype))
     plain = error(model(latent, times, context, guidance), reference)
-    fused.use_fused_kernels(model, True)
+    backends.use_kernels(model)
     # Fewer roundings than on the plain path; the margin is for values that fall on the other side of one.
     assert error(model(latent, times, context, guidance), reference) < 1.2 * plain
 
@@ -380,7 +388,7 @@ def test_an_autoencoder_on_the_gpu():
         error(model.encode(picture.bfloat16()), latent),
         error(model.decode(latent.bfloat16()), reference),
     ]
-    use_fused_pixels(model, True)
+    backends.use_kernels(model)
     fused_ones = [
         error(model.encode(picture.bfloat16()), latent),
         error(model.decode(latent.bfloat16()), reference),

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sana_sprint.models import winograd
+from sana_sprint import backends
+from sana_sprint.backends.cpu import winograd
 from sana_sprint.models.dc_blocks import ResBlock
 
 
@@ -43,8 +44,8 @@ def test_it_is_the_convolution(dtype, height, width, has_bias):
 @pytest.mark.parametrize("strip", [1 << 24, 1 << 10])  # one strip, and several
 @pytest.mark.usefixtures("small")
 def test_a_block_uses_it_on_a_cpu_without_gradients(strip, monkeypatch):
-    monkeypatch.setattr("sana_sprint.models.frugal.STRIP", strip)
-    block, x = ResBlock(8, "rms_norm", "silu"), picture(8, 9, 6)
+    monkeypatch.setattr("sana_sprint.backends.cpu.strips.STRIP", strip)
+    block, x = backends.apply(ResBlock(8, "rms_norm", "silu")), picture(8, 9, 6)
     calls = []
     convolve = winograd.convolve
     monkeypatch.setattr(winograd, "convolve", lambda *inputs: calls.append(0) or convolve(*inputs))
@@ -52,9 +53,9 @@ def test_a_block_uses_it_on_a_cpu_without_gradients(strip, monkeypatch):
     assert calls
     expected = copy.deepcopy(block).double()(x.double())  # no products in fp64
     torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
-    assert all(kept._kept is not None for kept in block.derived)
+    assert all(conv in winograd.cached_kernels for conv in (block.conv1, block.conv2))
     block.to(torch.bfloat16)
-    assert all(kept._kept is None for kept in block.derived)
+    assert not any(conv in winograd.cached_kernels for conv in (block.conv1, block.conv2))
     calls.clear()
     with torch.enable_grad():
         block.float()(x)

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor
 from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
 
+from sana_sprint.backends.prompt_cache import CachedPromptEncoder
 from sana_sprint.models.text_encoder import PromptEmbeddings, PromptEncoder
 from sana_sprint.prompts import COMPLEX_HUMAN_INSTRUCTION
 
@@ -83,8 +84,9 @@ def save_tiny_text(folder: Path) -> None:
     tiny_text_encoder().save_pretrained(folder / "text_encoder")
 
 
-def tiny_encoder() -> PromptEncoder:
-    return PromptEncoder(tiny_tokenizer(), tiny_text_encoder())
+def tiny_encoder() -> CachedPromptEncoder:
+    """As in pipelines and training."""
+    return CachedPromptEncoder(tiny_tokenizer(), tiny_text_encoder())
 
 
 # ----- the published encoding -------------------------------------------------------------------------------

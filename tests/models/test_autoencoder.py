@@ -32,7 +32,7 @@ def test_config_reads_what_it_writes():
 
 
 def test_unknown_fields_are_listed():
-    with pytest.raises(ValueError, match="unknown autoencoder config fields: depth, width"):
+    with pytest.raises(ValueError, match="unknown fields in the autoencoder config: depth, width"):
         AutoencoderConfig.from_dict({"width": 1, "depth": 2, "latent_channels": 4})
 
 

@@ -1,4 +1,4 @@
-"""PromptEncoder equals the published padded encoding, reports what it cuts and refuses what it cannot do."""
+"""Prompt encoders, plain and cached: equal to the published padded encoding; reports of what is cut; refusals."""
 
 import subprocess
 import sys
@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
+from sana_sprint.backends.prompt_cache import CachedPromptEncoder
 from sana_sprint.models.text_encoder import PromptEncoder
 from sana_sprint.prompts import COMPLEX_HUMAN_INSTRUCTION
 from tests.helpers.text import (
@@ -19,15 +20,14 @@ from tests.helpers.text import (
     merging_tokenizer,
     padded_reference,
     record_runs,
-    tiny_encoder,
     tiny_text_encoder,
     tiny_tokenizer,
 )
 
 
-@pytest.fixture
-def encoder() -> PromptEncoder:
-    return tiny_encoder()
+@pytest.fixture(params=[PromptEncoder, CachedPromptEncoder])
+def encoder(request) -> PromptEncoder:
+    return request.param(tiny_tokenizer(), tiny_text_encoder())
 
 
 @pytest.mark.parametrize("length", [2, 9, 300])
@@ -52,9 +52,10 @@ TINY = tiny_text_encoder()  # one for all examples
 @settings(max_examples=25, deadline=None)
 @torch.no_grad()
 def test_equals_the_padded_reference_for_any_text(prompts, length, instruction):
-    encoder = PromptEncoder(tiny_tokenizer(), TINY)
-    ours = encoder.encode(prompts, max_sequence_length=length, complex_human_instruction=instruction)
-    assert_equals_reference(ours, padded_reference(encoder, prompts, length, instruction))
+    for kind in (PromptEncoder, CachedPromptEncoder):
+        encoder = kind(tiny_tokenizer(), TINY)
+        ours = encoder.encode(prompts, max_sequence_length=length, complex_human_instruction=instruction)
+        assert_equals_reference(ours, padded_reference(encoder, prompts, length, instruction))
 
 
 @pytest.mark.parametrize("instruction", [None, list(INSTRUCTION)])
@@ -85,7 +86,7 @@ SEAMS = {
 @pytest.mark.parametrize(("merges", "instruction", "shared"), SEAMS.values(), ids=SEAMS)
 @torch.no_grad()
 def test_tokens_that_merge_across_the_seam(merges, instruction, shared):
-    encoder = PromptEncoder(merging_tokenizer(merges), tiny_text_encoder())
+    encoder = CachedPromptEncoder(merging_tokenizer(merges), tiny_text_encoder())
     runs = record_runs(encoder.text_encoder)
     for prompts in (["cat"], ["c"], ["dog"], [""], ["cat", "dog", ""]):
         runs.clear()
@@ -117,8 +118,8 @@ def test_tokenizers_unlike_gemmas(encoder, change):
 
 
 @torch.no_grad()
-def test_sliding_window_shorter_than_the_instruction():
-    encoder = PromptEncoder(tiny_tokenizer(), tiny_text_encoder(sliding_window=5))
+def test_sliding_window_shorter_than_the_instruction(encoder):
+    encoder.text_encoder = tiny_text_encoder(sliding_window=5)
     ours = encoder.encode(PROMPTS, max_sequence_length=40, complex_human_instruction=INSTRUCTION)
     assert_equals_reference(ours, padded_reference(encoder, PROMPTS, 40, INSTRUCTION))
 

@@ -13,7 +13,8 @@ from transformers import (
     LlamaModel,
 )
 
-from sana_sprint.models.text_encoder import PromptEncoder, load_text_encoder, load_tokenizer
+from sana_sprint.backends.prompt_cache import CachedPromptEncoder
+from sana_sprint.models.text_encoder import load_text_encoder, load_tokenizer
 from tests.helpers.text import (
     INSTRUCTION,
     PROMPTS,
@@ -31,7 +32,9 @@ def folder(tmp_path: Path) -> Path:
 
 @torch.no_grad()
 def test_load_gives_back_what_was_saved(folder):
-    loaded = PromptEncoder(load_tokenizer(folder / "tokenizer"), load_text_encoder(folder / "text_encoder"))
+    loaded = CachedPromptEncoder(
+        load_tokenizer(folder / "tokenizer"), load_text_encoder(folder / "text_encoder")
+    )
     assert not loaded.text_encoder.training
     assert loaded.text_encoder.config._attn_implementation == "eager"
     expected = tiny_encoder().encode(PROMPTS, complex_human_instruction=INSTRUCTION)

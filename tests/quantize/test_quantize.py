@@ -11,14 +11,20 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
+from sana_sprint.backends.cpu.strips import convolve_rows
+from sana_sprint.backends.cpu.subpixel import phase_convolution, upsample
 from sana_sprint.models.dc_blocks import UpBlock, channels_to_space, repeat_channels
-from sana_sprint.models.frugal import convolve_rows
 from sana_sprint.models.transformer import SanaTransformer2DModel
-from sana_sprint.models.upsampling import phase_convolution, upsample
 from sana_sprint.pipelines.text_to_image import SanaSprintPipeline
 from sana_sprint.quantize import PRESETS, parse_request
 from sana_sprint.quantize.formats import decode, encode
-from sana_sprint.quantize.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear, QuantizedPhases
+from sana_sprint.quantize.layers import (
+    QuantizedConv2d,
+    QuantizedLayer,
+    QuantizedLinear,
+    QuantizedPhases,
+    QuantizedUpBlock,
+)
 from sana_sprint.quantize.matmul import int8_rows
 from sana_sprint.quantize.models import quantize_model
 from sana_sprint.torch_private import has_vnni
@@ -117,7 +123,7 @@ def test_rows_are_rounded_alike_in_any_number_of_pieces(monkeypatch):
     layer = QuantizedLinear.of(nn.Linear(64, 40), "int8")
     x = torch.randn(9, 64)
     whole = layer(x)
-    monkeypatch.setattr("sana_sprint.models.frugal.PIECE", 130)  # two rows
+    monkeypatch.setattr("sana_sprint.backends.cpu.strips.PIECE", 130)  # two rows
     assert torch.equal(layer(x), whole)
 
 
@@ -142,6 +148,7 @@ def test_int8_upsampling_is_that_of_the_rounded_numbers(shortcut):
     step = x.abs().amax((1, 2, 3), keepdim=True) / 127
     with torch.no_grad():
         plain = block(x)
+        block.__class__ = QuantizedUpBlock
         block.conv = quantized = QuantizedPhases.of(phase_convolution(block.conv), "int8")
         convolve = partial(F.conv2d, weight=quantized.weight, bias=quantized.bias, padding=(0, 1))
         expected = upsample((x / step).round() * step, convolve, 8, None)

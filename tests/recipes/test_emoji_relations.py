@@ -13,7 +13,8 @@ import torch
 from recipes.emoji import relations
 from recipes.emoji.relations import KINDS, NOTHING, accuracy, answer
 from recipes.emoji.scenes import Placed, Scene, sample_scene
-from sana_sprint.models.text_encoder import PromptEncoder, load_text_encoder
+from sana_sprint.backends.prompt_cache import CachedPromptEncoder
+from sana_sprint.models.text_encoder import load_text_encoder
 from sana_sprint.train.models.text_encoder import make_text_encoder, train_tokenizer
 from sana_sprint.train.stages.teacher import TeacherStage
 from tests.helpers.training import chain, parse, silent, teacher_run
@@ -65,9 +66,9 @@ def test_an_encoder_learns_relations_and_stays_near_the_old_one(monkeypatch, cap
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "query_pre_attn_scalar": 16}
     tokenizer = train_tokenizer([scene.caption for scene in world], 400)
     text_encoder = make_text_encoder(len(tokenizer), sizes | heads)
-    before = PromptEncoder(tokenizer, copy.deepcopy(text_encoder).requires_grad_(False))
+    before = CachedPromptEncoder(tokenizer, copy.deepcopy(text_encoder).requires_grad_(False))
     old = copy.deepcopy(before.text_encoder.state_dict())
-    relations.train(PromptEncoder(tokenizer, text_encoder.train()), before, steps=300)
+    relations.train(CachedPromptEncoder(tokenizer, text_encoder.train()), before, steps=300)
     lines = capsys.readouterr().out
     right = [int(share) for share in re.findall(r"right (\d+)%", lines)]
     # Blind to the relation's word it is right in half of the places at most: it must know which of two stands there.

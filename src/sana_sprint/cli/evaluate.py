@@ -201,13 +201,14 @@ def _extractor(
         return inception_features(weights, device=device), INCEPTION_SIZE
     if weights is not None:
         raise UsageError("--weights is for inception features", hint="add --features inception")
+    from sana_sprint import backends
     from sana_sprint.models.autoencoder import AutoencoderDC
     from sana_sprint.resolutions import native_size
     from sana_sprint.weights import load_model, resolve_folder
     from sana_sprint.weights.files import read_json
 
     folder = resolve_folder(model)
-    autoencoder = load_model(AutoencoderDC, folder / "vae", device=device)
+    autoencoder = backends.apply(load_model(AutoencoderDC, folder / "vae", device=device))
     ratio = autoencoder.spatial_compression_ratio
     config = read_json(folder / "transformer" / "config.json")
     side = size or native_size(int(config["sample_size"]), ratio)

@@ -7,16 +7,18 @@ the grid as well. Tiling for big pictures is in `tiling.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from itertools import pairwise
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from sana_sprint.models.dc_blocks import (
+from sana_sprint.config import Config, check_choice
+from sana_sprint.stopping import ShouldStop, stop_if
+
+from .dc_blocks import (
     ACTIVATIONS,
     NORMS,
     ChannelRMSNorm,
@@ -28,21 +30,20 @@ from sana_sprint.models.dc_blocks import (
     average_channels,
     repeat_channels,
 )
-from sana_sprint.models.frugal import needs_pieces, over_pixels
-from sana_sprint.models.tiling import Tiling, run_tiled
-from sana_sprint.stopping import ShouldStop, stop_if
+from .tiling import Tiling, run_tiled
 
 _BLOCKS = ("EfficientViTBlock", "ResBlock")
-# Numbers of the widest grid on a GPU, whose kernels are slower at indices of more than 31 bits.
-_LARGEST_GRID = 2**30
-_LARGEST_RECORDED = 2**22  # pixels; launching more of them takes no time worth saving
 # The published default, 512 px, shows its tiles in flat skies; 1024 px is the size DC-AE is used at in one piece.
 _DEFAULT_TILE = 1024
 
+Network = Callable[[Tensor], Tensor]  # an encoder or a decoder
+
 
 @dataclass(frozen=True, kw_only=True)
-class AutoencoderConfig:
+class AutoencoderConfig(Config):
     """Fields of the published config.json; per-stage tuples run from the full picture to the latent."""
+
+    title: ClassVar[str] = "autoencoder"
 
     in_channels: int = 3
     latent_channels: int = 32
@@ -71,35 +72,19 @@ class AutoencoderConfig:
             if isinstance(value, tuple) and len(value) != num_stages:
                 raise ValueError(f"{field.name} must have {num_stages} entries, one per stage; got {value}")
         # Any other spelling means the other kind to diffusers, without a word; "Conv" is the published one.
-        _check_choice("upsample_block_type", self.upsample_block_type, ("interpolate", "pixel_shuffle"))
-        _check_choice(
-            "downsample_block_type", self.downsample_block_type, ("Conv", "conv", "pixel_unshuffle")
-        )
-        _check_choice("decoder_conv_act_fn", self.decoder_conv_act_fn, ACTIVATIONS)
+        check_choice("upsample_block_type", self.upsample_block_type, ("interpolate", "pixel_shuffle"))
+        check_choice("downsample_block_type", self.downsample_block_type, ("Conv", "conv", "pixel_unshuffle"))
+        check_choice("decoder_conv_act_fn", self.decoder_conv_act_fn, ACTIVATIONS)
         for name in _per_stage(self.decoder_norm_types, num_stages):
-            _check_choice("decoder_norm_types", name, NORMS)
+            check_choice("decoder_norm_types", name, NORMS)
         for name in _per_stage(self.decoder_act_fns, num_stages):
-            _check_choice("decoder_act_fns", name, ACTIVATIONS)
+            check_choice("decoder_act_fns", name, ACTIVATIONS)
         for name in ("in_channels", "latent_channels", "scaling_factor"):
             if not getattr(self, name) > 0:  # so that NaN is refused too
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
         _check_stages(self, "encoder")
         _check_stages(self, "decoder")
         _check_shortcuts(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> AutoencoderConfig:
-        """Reads a config.json's content; keys starting with "_" are notes. Unknown keys raise ValueError."""
-        known = {field.name for field in fields(cls)}
-        given = {key: _as_tuple(value) for key, value in values.items() if not key.startswith("_")}
-        unknown = sorted(given.keys() - known)
-        if unknown:
-            raise ValueError(f"unknown autoencoder config fields: {', '.join(unknown)}")
-        return cls(**given)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The content for a config.json."""
-        return asdict(self)
 
 
 class AutoencoderDC(nn.Module):
@@ -120,10 +105,6 @@ class AutoencoderDC(nn.Module):
         self.spatial_compression_ratio: int = 2 ** (len(config.encoder_block_out_channels) - 1)
         self.use_slicing = False
         self.tiling: Tiling | None = None
-        self.graphs: Callable[..., Tensor | None] | None = (
-            None  # see `sana_sprint.backends.cuda.graphs.CallGraphs`
-        )
-        self.is_fused = False  # see `sana_sprint.backends.cuda.autoencoder`
 
     @property
     def dtype(self) -> torch.dtype:
@@ -142,7 +123,7 @@ class AutoencoderDC(nn.Module):
         for axis, size in zip(("height", "width"), image.shape[2:], strict=True):
             if size == 0 or size % ratio:
                 raise ValueError(f"picture {axis} must be a positive multiple of {ratio} pixels; got {size}")
-        return self._run(partial(self._launch, self.encoder, step=1), image, in_step=ratio, out_step=1)
+        return self.run(self.encoder, image, in_step=ratio, out_step=1)
 
     def decode(self, latent: Tensor, *, should_stop: ShouldStop | None = None) -> Tensor:
         """Raw latent (B,C,h,w) -> picture (B,3,H,W), about [-1,1] and not clamped. ValueError for other channels.
@@ -150,12 +131,13 @@ class AutoencoderDC(nn.Module):
         `should_stop` is asked before each tile and each slice; if it returns True, `stopping.Stopped` is raised.
         """
         _check_input("latent", latent, self.config.latent_channels)
-
-        def decoder(part: Tensor) -> Tensor:
-            stop_if(should_stop)
-            return self._launch(self.decoder, part, step=self.spatial_compression_ratio)
-
-        return self._run(decoder, latent, in_step=1, out_step=self.spatial_compression_ratio)
+        return self.run(
+            self.decoder,
+            latent,
+            in_step=1,
+            out_step=self.spatial_compression_ratio,
+            should_stop=should_stop,
+        )
 
     def forward(self, image: Tensor) -> Tensor:
         """The picture's reconstruction, `decode(encode(image))`."""
@@ -209,28 +191,32 @@ class AutoencoderDC(nn.Module):
             return overlap
         return tile // 4 // self.spatial_compression_ratio * self.spatial_compression_ratio
 
-    def _run(self, network: Callable[[Tensor], Tensor], x: Tensor, *, in_step: int, out_step: int) -> Tensor:
-        if self.use_slicing and len(x) > 1:
-            return torch.cat(
-                [self._run(network, one, in_step=in_step, out_step=out_step) for one in x.chunk(len(x))]
-            )
-        step = self.spatial_compression_ratio // in_step  # pixels of a picture for one of x
-        if self.tiling is not None:
-            return run_tiled(network, x, self.tiling, in_step=in_step, out_step=out_step)
-        widest = x.shape[2] * x.shape[3] * step**2 * self.config.decoder_block_out_channels[0]
-        if x.is_cuda and len(x) * widest > _LARGEST_GRID:
-            parts = torch.split(x, max(1, _LARGEST_GRID // widest))
-            return torch.cat([network(part) for part in parts])
-        return network(x)
+    def run(
+        self,
+        network: Network,
+        x: Tensor,
+        *,
+        in_step: int,
+        out_step: int,
+        should_stop: ShouldStop | None = None,
+    ) -> Tensor:
+        """`network(x)`, one picture at a time where slicing is on, in tiles where tiling is.
 
-    def _launch(self, network: nn.Module, x: Tensor, *, step: int) -> Tensor:
-        """The network's result: by a recording, where these are on and launching takes a large part of the time."""
-        if self.graphs is not None and len(x) * x.shape[2] * x.shape[3] * step**2 <= _LARGEST_RECORDED:
-            out = self.graphs(self.is_fused, (network,), network, x)
-            if out is not None:
-                return out
-        result: Tensor = network(x)
-        return result
+        A latent cell is `in_step` pixels of x on each side, and `out_step` of the result.
+        """
+
+        def run_tile(tile: Tensor) -> Tensor:
+            stop_if(should_stop)
+            return network(tile)
+
+        def run_slice(part: Tensor) -> Tensor:
+            if self.tiling is None:
+                return run_tile(part)
+            return run_tiled(run_tile, part, self.tiling, in_step=in_step, out_step=out_step)
+
+        if self.use_slicing and len(x) > 1:
+            return torch.cat([run_slice(picture) for picture in x.chunk(len(x))])
+        return run_slice(x)
 
 
 class Encoder(nn.Module):
@@ -313,14 +299,13 @@ class Decoder(nn.Module):
             x = x + repeat_channels(latent, self.in_repeats)
         for stage in reversed(self.up_blocks):
             x = stage(x)
-        activated = self.norm_out.by_kernel(x, None, self.conv_act)
-        if activated is not None:
-            x = activated
-        else:  # nobody else holds the last block's result, so it may be written over
-            norm = self.norm_out.wide_pixels if needs_pieces(x) else self.norm_out.pixels
-            x = over_pixels(lambda x: self.conv_act(norm(x)), x)
-        image: Tensor = self.conv_out(x)
+        image: Tensor = self.conv_out(self.activated(x))
         return image
+
+    def activated(self, x: Tensor) -> Tensor:
+        """The last block's result, normalised and activated."""
+        out: Tensor = self.conv_act(self.norm_out(x))
+        return out
 
 
 def _make_block(
@@ -335,21 +320,12 @@ def _per_stage(value: str | tuple[str, ...], num_stages: int) -> tuple[str, ...]
     return (value,) * num_stages if isinstance(value, str) else value
 
 
-def _as_tuple(value: Any) -> Any:
-    return tuple(_as_tuple(item) for item in value) if isinstance(value, list | tuple) else value
-
-
 # --- Checks ------------------------------------------------------------------------------------------------------
 
 
 def _check_input(name: str, x: Tensor, channels: int) -> None:
     if x.ndim != 4 or x.shape[1] != channels:
         raise ValueError(f"a {name} must be (batch, {channels}, height, width); got {tuple(x.shape)}")
-
-
-def _check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(sorted(allowed))}; got {value!r}")
 
 
 def _check_stages(config: AutoencoderConfig, side: str) -> None:
@@ -368,7 +344,7 @@ def _check_stages(config: AutoencoderConfig, side: str) -> None:
                 f"{side}_layers_per_block[{i}] must be at least {least} (0 is for the first and last of "
                 f"several stages); got {count}"
             )
-        _check_choice(f"{side}_block_types", kind, _BLOCKS)
+        check_choice(f"{side}_block_types", kind, _BLOCKS)
         if count and kind == "EfficientViTBlock":
             _check_attention(f"{side} stage {i}", width, config.attention_head_dim, scales[i])
 

@@ -1,77 +1,20 @@
 """The blocks a deep-compression autoencoder (DC-AE, arXiv 2410.10733) is made of.
 
 Everything is (B,C,H,W) in channels_last memory, where normalising over channels, 1x1 maps and attention read
-their inputs through views; each block returns what it was given, channels_last. Attribute names are the published
-checkpoint keys. Configurations are checked in `autoencoder.py`: here wrong sizes fail as torch reports them.
+their inputs through views; each block returns channels_last too. Attribute names are the published checkpoint keys.
+Configurations are checked in `autoencoder.py`: here wrong sizes fail as torch reports them.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from functools import partial
-from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sana_sprint.models import winograd
-from sana_sprint.models.derived import Derived
-from sana_sprint.models.frugal import (
-    by_strips,
-    convolve_rows,
-    is_inference,
-    needs_pieces,
-    needs_strips,
-    over_pixels,
-    window_rows,
-)
-from sana_sprint.models.layers import (
-    SILU,
-    activate,
-    attend_in_pieces,
-    autocast_off,
-    gated,
-    wide_dtype,
-    wide_normed,
-)
-from sana_sprint.models.upsampling import phase_kernels, upsample
-from sana_sprint.models.winograd import transformed_kernels
-
-ATTENTION_EPS = 1e-15  # keeps linear attention's quotient defined where every ReLU feature is zero
+from .layers import attend, wide_dtype
 
 
-class Fusible(nn.Module):
-    """A layer of which a part may run as a fused kernel.
-
-    `fused`, if set, is asked first: with the layer and that part's arguments it gives the same result faster, or None
-    where it does not apply; see `sana_sprint.backends.cuda.autoencoder`.
-    """
-
-    fused: Callable[..., Tensor | None] | None = None
-
-    def by_kernel(self, *arguments: Any) -> Tensor | None:
-        """What `fused` makes of these, if it is set."""
-        return None if self.fused is None else self.fused(self, *arguments)
-
-
-class Deriving(Fusible):
-    """A layer that keeps what it made from its weights, while these stay as they are."""
-
-    derived: tuple[Derived, ...]
-
-    def forget(self) -> None:
-        """Free the memory: the weights may be about to change, and fused optimizers leave no trace."""
-        for kept in self.derived:
-            kept.forget()
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        self.forget()  # or a model that is moved away would leave it behind
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        return self
-
-
-class ChannelRMSNorm(Fusible):
+class ChannelRMSNorm(nn.Module):
     """RMS normalisation over the channels of each pixel, with weight and bias; statistics in fp32."""
 
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
@@ -80,18 +23,13 @@ class ChannelRMSNorm(Fusible):
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pixels(x.movedim(1, -1)).movedim(-1, 1)
+
     def pixels(self, x: Tensor) -> Tensor:
         """The norm of (...,C)."""
         normed = F.rms_norm(x.to(wide_dtype(x)), self.weight.shape, None, self.eps).to(x.dtype)
         return torch.addcmul(self.bias.to(x.dtype), normed, self.weight.to(x.dtype))
-
-    def wide_pixels(self, x: Tensor) -> Tensor:
-        """`pixels` without gradients and in fewer passes over memory, before it is rounded: in fp32 or wider."""
-        wide = wide_normed(x, self.eps)
-        return torch.addcmul(self.bias.to(wide.dtype), wide, self.weight.to(wide.dtype), out=wide)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.pixels(x.movedim(1, -1)).movedim(-1, 1)
 
 
 # By their names in a config.json. relu6 is known to the original DC-AE code only, the others to diffusers too.
@@ -109,19 +47,11 @@ NORMS: dict[str, type[ChannelRMSNorm] | type[nn.BatchNorm2d]] = {
 }
 
 
-def add_normed(norm: nn.Module, change: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
-    """`x + norm(change)`, into `out` if given, which may be x; `change` is given up."""
-    if not isinstance(norm, ChannelRMSNorm):
-        total: Tensor = x + norm(change)
-        return total if out is None else out.copy_(total)
-    if out is None and (fused := norm.by_kernel(change, x)) is not None:
-        return fused
-    if needs_pieces(change):
-        return over_pixels(lambda change, x: norm.wide_pixels(change).add_(x), change, x, out=out)
-    return over_pixels(lambda change, x: x + norm.pixels(change), change, x, out=out)
+class Stage(nn.Sequential):
+    """The blocks of one grid size, one after the other."""
 
 
-class ResBlock(Deriving):
+class ResBlock(nn.Module):
     """x + norm(conv3x3(act(conv3x3(x))))."""
 
     def __init__(self, channels: int, norm: str, activation: str) -> None:
@@ -130,35 +60,10 @@ class ResBlock(Deriving):
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.norm = NORMS[norm](channels)
-        self.derived = Derived(transformed_kernels), Derived(transformed_kernels)
 
-    def forward(self, x: Tensor, *, may_overwrite: bool = False) -> Tensor:
-        minimal = all(winograd.pays(conv, x) for conv in (self.conv1, self.conv2))
-        if minimal or needs_strips(x, x.shape[1]):
-            rows = partial(self._rows, minimal)
-            return by_strips(rows, x, x.shape[1], margin=2, may_overwrite=may_overwrite)
-        if not is_inference(x):
-            self.forget()
-        hidden = self.by_kernel(x)
-        if hidden is None:
-            hidden = activate(self.nonlinearity, self.conv1(x))
-        return add_normed(self.norm, self.conv2(hidden), x)
-
-    def _rows(self, minimal: bool, x: Tensor, first: int, last: int, out: Tensor) -> None:
-        """Rows first to last - 1 of the result, by minimal filtering or not."""
-        top = max(0, first - 1)
-        hidden = self._convolve(minimal, 0, x, top, min(last + 1, x.shape[2]))
-        hidden = activate(self.nonlinearity, hidden)
-        change = self._convolve(minimal, 1, hidden, first - top, last - top)
-        add_normed(self.norm, change, x[:, :, first:last], out)
-
-    def _convolve(self, minimal: bool, number: int, x: Tensor, first: int, last: int) -> Tensor:
-        """Rows first to last - 1 of a convolution of x."""
-        conv = (self.conv1, self.conv2)[number]
-        if not minimal:
-            return convolve_rows(conv, x, first, last)
-        kernels = self.derived[number].of(conv)
-        return winograd.convolve(window_rows(x, first - 1, last + 1), kernels, conv.bias)
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.norm(self.conv2(self.nonlinearity(self.conv1(x))))
+        return out
 
 
 class EfficientViTBlock(nn.Module):
@@ -170,11 +75,11 @@ class EfficientViTBlock(nn.Module):
         self.conv_out = GatedConv(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv_out(self.attn(x), may_overwrite=True)
+        out: Tensor = self.conv_out(self.attn(x))
         return out
 
 
-class MultiscaleLinearAttention(Fusible):
+class MultiscaleLinearAttention(nn.Module):
     """ReLU linear attention over all pixels; q, k, v also seen through depthwise kernels of given (odd) sizes."""
 
     def __init__(self, channels: int, head_dim: int, kernel_sizes: tuple[int, ...], norm: str) -> None:
@@ -190,23 +95,28 @@ class MultiscaleLinearAttention(Fusible):
         self.norm_out = NORMS[norm](channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[-2:]
+        out: Tensor = x + self.norm_out(self.change(x))
+        return out
+
+    def change(self, x: Tensor) -> Tensor:
+        """The attention's output, (B,C,H,W), before it is normalised and added."""
         pixels = x.movedim(1, -1)
         qkv = torch.cat([self.to_q(pixels), self.to_k(pixels), self.to_v(pixels)], dim=-1).movedim(-1, 1)
-        mixed = self.by_kernel(qkv)
-        if mixed is None:
-            scales = (qkv, *(scale(qkv) for scale in self.to_qkv_multiscale))
-            mixed = torch.cat([self._mix(scale) for scale in scales], dim=-1)
-        change = self.to_out(torch.unflatten(mixed, 1, (height, width))).movedim(-1, 1)
-        return add_normed(self.norm_out, change, x)
+        mixed = torch.unflatten(self.mix(qkv), 1, x.shape[-2:])  # (B,H,W,scales*inner)
+        out: Tensor = self.to_out(mixed).movedim(-1, 1)
+        return out
 
-    def _mix(self, qkv: Tensor) -> Tensor:
-        """Attention of one scale, (B,3*inner,H,W) -> (B,N,inner)."""
-        # As published, a head is any 3E channels in a row, [q|k|v], whichever projection they came from.
-        heads = torch.unflatten(qkv.movedim(1, -1).flatten(1, 2), -1, (-1, 3 * self.head_dim))
-        if needs_pieces(heads):
-            q, k, v = heads.chunk(3, dim=-1)
-            return attend_in_pieces(q, k, v, ATTENTION_EPS).flatten(2)
+    def mix(self, qkv: Tensor) -> Tensor:
+        """Attention of all scales, (B,3*inner,H,W) -> (B,N,scales*inner)."""
+        scales = (qkv, *(scale(qkv) for scale in self.to_qkv_multiscale))
+        return torch.cat([self.attend(self.heads(scale)) for scale in scales], dim=-1)
+
+    def heads(self, qkv: Tensor) -> Tensor:
+        """(B,3*inner,H,W) -> (B,N,heads,3E). As published, a head is any 3E channels in a row, [q|k|v]."""
+        return torch.unflatten(qkv.movedim(1, -1).flatten(1, 2), -1, (-1, 3 * self.head_dim))
+
+    def attend(self, heads: Tensor) -> Tensor:
+        """Attention of one scale, (B,N,heads,3E) -> (B,N,inner)."""
         return linear_attention(heads.transpose(1, 2)).transpose(1, 2).flatten(2)
 
 
@@ -227,20 +137,15 @@ class QKVScale(nn.Module):
 
 
 def linear_attention(heads: Tensor) -> Tensor:
-    """`relu(q) (relu(k)^T v) / (relu(q) sum relu(k))`: heads (B,heads,N,3E), which is [q|k|v] -> (B,heads,N,E).
+    """ReLU linear attention, see `layers.attend`: heads (B,heads,N,3E), which is [q|k|v] -> (B,heads,N,E).
 
-    In fp32: sums over all pixels overflow fp16 and lose bf16's bits. The published code takes the quadratic form
-    on grids of few pixels, which is the same sum in another order.
+    The published code takes the quadratic form on grids of few pixels, which is the same sum in another order.
     """
-    with autocast_off(heads.device):
-        wide = heads.to(wide_dtype(heads), memory_format=torch.contiguous_format)
-        q, k, v = wide.chunk(3, dim=-1)
-        q, k = torch.relu(q), torch.relu(k)
-        weight = q @ k.sum(dim=-2).unsqueeze(-1)  # (B,heads,N,1)
-        return (q @ (k.transpose(-1, -2) @ v) / (weight + ATTENTION_EPS)).to(heads.dtype)
+    q, k, v = heads.to(wide_dtype(heads), memory_format=torch.contiguous_format).chunk(3, dim=-1)
+    return attend(torch.relu(q), torch.relu(k), v).to(heads.dtype)
 
 
-class GatedConv(Fusible):
+class GatedConv(nn.Module):
     """GLUMBConv with residual and norm: 1x1 expand, SiLU, depthwise 3x3, gate, 1x1, RMS norm."""
 
     def __init__(self, channels: int, expand_ratio: int = 4) -> None:
@@ -251,36 +156,10 @@ class GatedConv(Fusible):
         self.conv_point = nn.Conv2d(hidden, channels, 1, bias=False)
         self.norm = ChannelRMSNorm(channels)
 
-    def forward(self, x: Tensor, *, may_overwrite: bool = False) -> Tensor:
-        hidden = self.conv_depth.weight.shape[0]
-        if needs_strips(x, hidden):
-            return by_strips(self._rows, x, hidden, margin=1, may_overwrite=may_overwrite)
-        by_kernel = self.by_kernel(x)
-        if by_kernel is not None:
-            return add_normed(self.norm, self.conv_point(by_kernel), x)
-        return self._contract(self.conv_depth(self._expand(x)), x)
-
-    def _rows(self, x: Tensor, first: int, last: int, out: Tensor) -> None:
-        """Rows first to last - 1 of the result."""
-        top, bottom = max(0, first - 1), min(last + 1, x.shape[2])
-        hidden = self._expand(x[:, :, top:bottom])
-        hidden = convolve_rows(self.conv_depth, hidden, first - top, last - top)
-        self._contract(hidden, x[:, :, first:last], out)
-
-    def _expand(self, x: Tensor) -> Tensor:
-        return activate(SILU, self.conv_inverted(x))
-
-    def _contract(self, hidden: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
-        return add_normed(self.norm, self.conv_point(gated(hidden)), x, out)
-
-
-class Stage(nn.Sequential):
-    """Blocks one after the other; the input is given up."""
-
     def forward(self, x: Tensor) -> Tensor:
-        for block in self:
-            x = block(x, may_overwrite=True) if isinstance(block, ResBlock) else block(x)
-        return x
+        value, gate = self.conv_depth(F.silu(self.conv_inverted(x))).chunk(2, dim=1)
+        out: Tensor = x + self.norm(self.conv_point(value * F.silu(gate)))
+        return out
 
 
 class DownBlock(nn.Module):
@@ -297,16 +176,16 @@ class DownBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.conv(x)
         if self.unshuffle:
-            y = _space_to_channels(y)
-        return y + _average_groups(x, self.out_channels) if self.shortcut else y
+            y = space_to_channels(y)
+        return y + self.average(x) if self.shortcut else y
+
+    def average(self, x: Tensor) -> Tensor:
+        """The shortcut: (B,C,2H,2W) -> (B,out_channels,H,W)."""
+        return average_channels(space_to_channels(x), self.out_channels)
 
 
-class UpBlock(Deriving):
-    """Doubles the grid by convolution; a parameter-free shortcut duplicates channels into pixels.
-
-    Without gradients, repeating each pixel and convolving the result is done as four 2x2 convolutions of the small grid
-    (`upsampling.py`), in 4/9 of the operations.
-    """
+class UpBlock(nn.Module):
+    """Doubles the grid by convolution; a parameter-free shortcut duplicates channels into pixels."""
 
     def __init__(self, in_channels: int, out_channels: int, *, interpolate: bool, shortcut: bool) -> None:
         super().__init__()
@@ -315,25 +194,13 @@ class UpBlock(Deriving):
         self.out_channels = out_channels
         self.repeats = out_channels * 4 // in_channels
         self.conv = nn.Conv2d(in_channels, out_channels if interpolate else 4 * out_channels, 3, padding=1)
-        self.derived = (Derived(phase_kernels),)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.interpolate:
-            y: Tensor = self.conv(x)
-            return channels_to_space(y + repeat_channels(x, self.repeats) if self.shortcut else y)
-        repeats = self.repeats if self.shortcut else None
-        if getattr(self.conv, "gives_phases", False):  # a quantised layer in the convolution's place
-            return upsample(x, self.conv, self.out_channels, repeats)
-        if is_inference(x) and isinstance(self.conv, nn.Conv2d):
-            kernels, bias = self.derived[0].of(self.conv), self.conv.bias
-            if (fused := self.by_kernel(x, kernels, bias, repeats)) is not None:
-                return fused
-            biases = None if bias is None else bias.repeat(4)
-            convolve = partial(F.conv2d, weight=kernels, bias=biases, padding=(0, 1))
-            return upsample(x, convolve, self.out_channels, repeats)
-        self.forget()
-        y = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return y + channels_to_space(repeat_channels(x, self.repeats)) if self.shortcut else y
+        if self.interpolate:
+            y: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+            return y + channels_to_space(repeat_channels(x, self.repeats)) if self.shortcut else y
+        y = self.conv(x)
+        return channels_to_space(y + repeat_channels(x, self.repeats) if self.shortcut else y)
 
 
 # --- Moving between channels and pixels, without leaving channels_last -------------------------------------------
@@ -352,20 +219,10 @@ def average_channels(x: Tensor, out_channels: int) -> Tensor:
 
 
 def channels_to_space(x: Tensor) -> Tensor:
+    """(B,4C,H,W) -> (B,C,2H,2W)."""
     return F.pixel_shuffle(x, 2).contiguous(memory_format=torch.channels_last)
 
 
-def _space_to_channels(x: Tensor) -> Tensor:
+def space_to_channels(x: Tensor) -> Tensor:
+    """(B,C,2H,2W) -> (B,4C,H,W)."""
     return F.pixel_unshuffle(x, 2).contiguous(memory_format=torch.channels_last)
-
-
-def _average_groups(x: Tensor, out_channels: int) -> Tensor:
-    """`average_channels(F.pixel_unshuffle(x, 2), out_channels)`; the two usual group sizes take one pass or two."""
-    batch, channels, height, width = x.shape
-    if out_channels == channels:  # a group is the 2x2 pixels of one channel
-        return F.avg_pool2d(x, 2)
-    if out_channels == 2 * channels:  # a group is two pixels of one row
-        left, right = torch.unflatten(x, -1, (width // 2, 2)).unbind(-1)
-        rows = torch.unflatten((left + right) * 0.5, 2, (height // 2, 2)).permute(0, 2, 4, 1, 3)
-        return rows.reshape(batch, height // 2, width // 2, out_channels).movedim(-1, 1)
-    return average_channels(_space_to_channels(x), out_channels)

@@ -14,13 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sana_sprint.models.frugal import is_frugal, needs_pieces, over_pixels, over_rows, pieces
-
 SINUSOID_CHANNELS = 256
 QK_NORM_EPS = 1e-5
-LINEAR_ATTENTION_EPS = 1e-15
+LINEAR_ATTENTION_EPS = 1e-15  # keeps the quotient defined where every ReLU feature is zero
 FP16_MAX = 65504.0
-SILU = nn.SiLU()
 
 
 # --- Precision ---------------------------------------------------------------------------------------------------
@@ -31,20 +28,22 @@ def wide_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _autocast_is_on(device: torch.device) -> bool:
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The caller's autocast dtype; None if it is off."""
+    kind = device.type
+    is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if is_on else None
 
 
 def autocast_off(device: torch.device) -> AbstractContextManager[None]:
     """Context in which matrix products keep the dtype of their inputs inside a caller's autocast."""
-    return torch.autocast(device.type, enabled=False) if _autocast_is_on(device) else nullcontext()
+    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)
 
 
 def product_dtype(weight: Tensor) -> torch.dtype:
     """Dtype in which a product with `weight` runs. Casting to it once spares autocast one cast per consumer."""
-    if weight.dtype == torch.float32 and _autocast_is_on(weight.device):
-        return torch.get_autocast_dtype(weight.device.type)
-    return weight.dtype
+    autocast = autocast_dtype(weight.device)
+    return autocast if autocast is not None and weight.dtype == torch.float32 else weight.dtype
 
 
 # --- Embeddings --------------------------------------------------------------------------------------------------
@@ -127,14 +126,21 @@ class ScalarEmbedder(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """Flow time -> (modulation (B,6D) shared by all blocks, embedding (B,D)); models without guidance embedding."""
+    """Flow time (B,), fp32 -> (modulation (B,6D) shared by all blocks, embedding (B,D)); for models without guidance.
+
+    Raises ValueError if guidance is given.
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.emb = nn.ModuleDict({"timestep_embedder": ScalarEmbedder(dim)})
         self.linear = nn.Linear(dim, 6 * dim)
 
-    def forward(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, timestep: Tensor, guidance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if guidance is not None:
+            raise ValueError(
+                "guidance was given, but this model has no guidance embedding (guidance_embeds is False)"
+            )
         # B rows only, so full precision costs nothing, and dF/dt is what a consistency model learns from.
         with autocast_off(timestep.device):
             embedding = self.emb["timestep_embedder"](timestep)
@@ -142,17 +148,27 @@ class TimeEmbedding(nn.Module):
 
 
 class GuidedTimeEmbedding(nn.Module):
-    """As `TimeEmbedding`, with the embedded guidance scale added to the embedded time (SANA-Sprint, section 4.3)."""
+    """As `TimeEmbedding`, with the embedded guidance scale added to the embedded time (SANA-Sprint, section 4.3).
 
-    def __init__(self, dim: int) -> None:
+    Guidance scales (B,), fp32, as users mean them (4.5); `guidance_scale` multiplies them. Raises ValueError without guidance.
+    """
+
+    def __init__(self, dim: int, guidance_scale: float) -> None:
         super().__init__()
+        self.guidance_scale = guidance_scale
         self.timestep_embedder = ScalarEmbedder(dim)
         self.guidance_embedder = ScalarEmbedder(dim)
         self.linear = nn.Linear(dim, 6 * dim)
 
-    def forward(self, timestep: Tensor, guidance: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, timestep: Tensor, guidance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if guidance is None:
+            raise ValueError(
+                "guidance is missing: this model embeds it (guidance_embeds is True), e.g. 4.5 per image"
+            )
+        # Scaled in fp32: in bf16, 0.1 * 4.5 would already be 0.4492.
+        scaled = guidance.to(wide_dtype(guidance)) * self.guidance_scale
         with autocast_off(timestep.device):
-            embedding = self.timestep_embedder(timestep) + self.guidance_embedder(guidance)
+            embedding = self.timestep_embedder(timestep) + self.guidance_embedder(scaled)
             return self.linear(F.silu(embedding)), embedding
 
 
@@ -181,23 +197,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        if needs_pieces(x):
-            return over_rows(self._wide, x, out=torch.empty_like(x, dtype=self.weight.dtype))
         wide = wide_dtype(x)
         normed = F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps)
         return normed.to(self.weight.dtype)
-
-    def _wide(self, x: Tensor) -> Tensor:
-        """Before it is rounded."""
-        wide = wide_normed(x, self.eps)
-        return wide.mul_(self.weight.to(wide.dtype))
-
-
-def wide_normed(x: Tensor, eps: float) -> Tensor:
-    """`x / sqrt(mean(x^2) + eps)` over the last axis in fp32 or wider, without gradients and in the fewest passes."""
-    wide = x.to(wide_dtype(x), copy=True)
-    mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-    return wide.mul_(mean_square.add_(eps).rsqrt_())
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -219,47 +221,24 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
-    """ReLU linear attention (SANA, section 2.2): `relu(q) (relu(k)^T v) / (relu(q) sum relu(k))` for each head.
-
-    q, k, v (B,N,D) -> (B,N,D) in fp32: sums over all N tokens do not fit half precision. Where memory is saved, in v's dtype.
-    """
-    wide = wide_dtype(v)
-    if needs_pieces(v):
-        q, k, v = (torch.unflatten(x, -1, (num_heads, -1)) for x in (q, k, v))
-        return attend_in_pieces(q, k, v, LINEAR_ATTENTION_EPS).flatten(2)
+    """ReLU linear attention (SANA, section 2.2) of q, k, v (B,N,D): (B,N,D) in fp32, see `attend`."""
 
     def to_heads(x: Tensor) -> Tensor:
         # One copy does both the cast and the layout that batched products need.
-        return split_heads(x, num_heads).to(wide, memory_format=torch.contiguous_format)
+        return split_heads(x, num_heads).to(wide_dtype(v), memory_format=torch.contiguous_format)
 
-    q, k, v = to_heads(F.relu(q)), to_heads(F.relu(k)), to_heads(v)
+    return merge_heads(attend(to_heads(F.relu(q)), to_heads(F.relu(k)), to_heads(v)))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`q (k^T v) / (q sum k)` for each head, (B,K,N,E); q and k are not negative.
+
+    All in fp32 or wider, also under autocast: sums over all N tokens do not fit half precision.
+    """
     with autocast_off(v.device):
         numerator = q @ (k.transpose(-1, -2) @ v)  # (B,K,N,E)
         denominator = q @ k.sum(dim=-2).unsqueeze(-1)  # (B,K,N,1)
-    return merge_heads(numerator / (denominator + LINEAR_ATTENTION_EPS))
-
-
-def attend_in_pieces(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
-    """ReLU linear attention without gradients, some tokens at a time: q, k, v (B,N,K,E) -> (B,N,K,E), rounded to v's dtype.
-
-    Heads stay where they lie, also as parts of larger arrays: copies in another order would take as long as the products.
-    """
-    wide = wide_dtype(v)
-    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    heads, width = v.shape[2:]
-    for queries, keys, values, result in zip(q, k, v, out, strict=True):
-        total = torch.zeros(heads, width, dtype=wide, device=v.device)
-        sums = torch.zeros(heads, width, width, dtype=wide, device=v.device)
-        for piece in pieces(keys):
-            weights = keys[piece].to(wide, copy=True).relu_()  # (n,K,E)
-            total += weights.sum(0)
-            sums.baddbmm_(weights.permute(1, 2, 0), values[piece].to(wide).transpose(0, 1))
-        for piece in pieces(queries):
-            weights = queries[piece].to(wide, copy=True).relu_()
-            denominator = torch.linalg.vecdot(weights, total).add_(eps).unsqueeze(-1)  # (n,K,1)
-            numerator = torch.bmm(weights.transpose(0, 1), sums).transpose(0, 1)
-            result[piece] = torch.div(numerator, denominator, out=weights)
-    return out
+    return numerator / (denominator + LINEAR_ATTENTION_EPS)
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
@@ -300,8 +279,12 @@ class LinearSelfAttention(_Attention):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k = self.norm_q(self.to_q(x)), self.norm_k(self.to_k(x))
-        out = self.project_out(linear_attention(q, k, self.to_v(x), self.num_heads))
+        out = self.project_out(self.attend(q, k, self.to_v(x)))
         return out.clamp(-FP16_MAX, FP16_MAX) if out.dtype == torch.float16 else out
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v (B,N,D) -> (B,N,D)."""
+        return linear_attention(q, k, v, self.num_heads)
 
 
 class CrossAttention(_Attention):
@@ -338,27 +321,6 @@ def pointwise(layer: nn.Module, x: Tensor) -> Tensor:
     return out
 
 
-def activate(activation: nn.Module, x: Tensor) -> Tensor:
-    """`activation(x)` of a grid (B,C,H,W), which is given up."""
-    if is_frugal(x) and hasattr(activation, "inplace"):
-        activation = type(activation)(inplace=True)
-    return over_pixels(activation, x)
-
-
-def gated(hidden: Tensor) -> Tensor:
-    """The first half of the channels of a grid (B,2C,H,W), times SiLU of the second; both are given up."""
-    value, gate = hidden.chunk(2, dim=1)
-    return over_pixels(_gate_over if is_frugal(value) else _gate, value, gate)
-
-
-def _gate(value: Tensor, gate: Tensor) -> Tensor:
-    return value * F.silu(gate)
-
-
-def _gate_over(value: Tensor, gate: Tensor) -> Tensor:
-    return value.mul_(F.silu(gate, inplace=True))
-
-
 class GatedConvFeedForward(nn.Module):
     """Mix-FFN (SANA, section 2.2): 1x1 expand, SiLU, depthwise 3x3, gate, 1x1 contract.
 
@@ -376,5 +338,5 @@ class GatedConvFeedForward(nn.Module):
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """x (B,N,D), grid (H,W) with H*W = N -> (B,N,D)."""
         hidden = torch.unflatten(pointwise(self.conv_inverted, x), 1, grid).permute(0, 3, 1, 2)
-        image = self.conv_depth(activate(SILU, hidden))  # (B,5D,H,W), channels_last
-        return pointwise(self.conv_point, gated(image).permute(0, 2, 3, 1).flatten(1, 2))
+        value, gate = self.conv_depth(F.silu(hidden)).chunk(2, dim=1)
+        return pointwise(self.conv_point, (value * F.silu(gate)).permute(0, 2, 3, 1).flatten(1, 2))

@@ -1,31 +1,24 @@
-"""Prompts to text embeddings: a tokenizer and Gemma 2, run only over the tokens that are new.
+"""Prompts to text embeddings, by a tokenizer and Gemma 2; and Gemma 2 from its folder.
 
-Axes: B prompts, L text tokens, D text width.
+The published pipeline puts an instruction of some 230 tokens in front of the prompt, pads the sum to some 530 tokens, and
+keeps the first embedding and the last 299. Gemma's attention is causal: no token sees a later one, so padding behind the
+prompt changes nothing and is left out here, up to rounding.
 
-The published pipeline puts an instruction of some 230 tokens in front of the prompt, pads the sum to some
-530, runs all of it and throws most of it away. Gemma's attention is causal: no token sees a later one, so
-padding behind the prompt changes nothing, and the instruction's keys and values are the same for every
-prompt. `PromptEncoder` computes those once, keeps them, and runs the prompt's own tokens. The results are the
-same up to rounding.
-
-transformers is imported when a model is loaded or run, not with this module.
+Axes: B prompts, L text tokens, D text width. transformers is imported when a model is loaded or run, not with this module.
 """
 
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from sana_sprint.models.prefix import Prefix, autocast_dtype, continue_prefix, run_prefix, stored_prefix
-from sana_sprint.models.walk import state_of, tensors_of
+from sana_sprint.models.layers import autocast_dtype
 from sana_sprint.precision import send
 from sana_sprint.prompts import (
     DEFAULT_MAX_SEQUENCE_LENGTH,
@@ -36,10 +29,12 @@ from sana_sprint.prompts import (
 )
 
 if TYPE_CHECKING:
-    from transformers import Gemma2Model, PreTrainedTokenizerBase
+    from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerBase
 
-MAX_PREFIXES = 4  # instructions remembered; each takes 24 MB with Gemma-2-2b in bf16
 ARCHITECTURES = ("Gemma2Model", "Gemma2ForCausalLM")
+# The one that caps the attention logits in every transformers 5, as Gemma 2 must: "sdpa" was once its default and silently
+# did not.
+ATTENTION = "eager"
 
 
 @dataclass(frozen=True)
@@ -76,8 +71,12 @@ class PromptEmbeddings:
 
 
 @dataclass(frozen=True)
-class _Tokens:
-    """The tokenised batch. `prefix` is the part of the instruction that lies before the window."""
+class Tokens:
+    """A tokenised batch.
+
+    rows: each prompt's tokens, after the instruction's. prefix: the instruction's, as far as they lie before the window.
+    window: the positions that become embeddings, with position 0. lost: per prompt, how many tokens were cut off.
+    """
 
     rows: list[list[int]]
     prefix: tuple[int, ...]
@@ -86,29 +85,11 @@ class _Tokens:
 
 
 class PromptEncoder:
-    """Turns prompts into `PromptEmbeddings` with a tokenizer and a `Gemma2Model`.
-
-    Without gradients and with the model in eval mode, the instruction's keys and values are kept from call to
-    call. They are dropped when a parameter is replaced, moved, cast or written to in place, as far as torch
-    tells: it does not for writes through `.data`, for optimizers with `fused=True`, and for what is no
-    parameter, such as an adapter's scale. Call `clear_cache()` after those.
-
-    With gradients enabled or in train mode nothing is kept, and what was is dropped: the instruction runs
-    once per call, for the whole batch, and gradients flow through it. With gradient checkpointing, which
-    allows no cache, whole sequences are run.
-
-    If the model has an attribute `graphs`, prompts go through it, see `sana_sprint.backends.cuda.graphs.CallGraphs`.
-    """
+    """Turns prompts into `PromptEmbeddings` with a tokenizer and a `Gemma2Model`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, text_encoder: Gemma2Model) -> None:
         self.tokenizer = tokenizer
         self.text_encoder = text_encoder
-        self._prefixes: OrderedDict[object, Prefix] = OrderedDict()  # least recently used first
-        self._fingerprint: object = None
-
-    def clear_cache(self) -> None:
-        """Forget every instruction's keys and values."""
-        self._prefixes.clear()
 
     def encode(
         self,
@@ -138,7 +119,7 @@ class PromptEncoder:
         texts = [normalise_prompt(prompt, clean=clean_caption) for prompt in prompts]
         tokens = self._tokenise(texts, join_instruction(complex_human_instruction), max_sequence_length)
         num_tokens = tuple(tokens.window.num_kept(len(row)) for row in tokens.rows)
-        embeds = self._run(tokens)
+        embeds = self.run(tokens)
         mask = send(torch.arange(embeds.shape[1]) < torch.tensor(num_tokens)[:, None], embeds.device)
         if min(num_tokens) < max(num_tokens):
             embeds = embeds.masked_fill(~mask[..., None], 0.0)
@@ -150,7 +131,7 @@ class PromptEncoder:
 
     # ----- tokens -------------------------------------------------------------------------------------------
 
-    def _tokenise(self, texts: list[str], instruction: str, max_sequence_length: int) -> _Tokens:
+    def _tokenise(self, texts: list[str], instruction: str, max_sequence_length: int) -> Tokens:
         """The joined string is what gets tokenised; the instruction alone says where the window is."""
         alone = self._token_ids([instruction])[0] if instruction else []
         window = token_window(max_sequence_length, len(alone) if instruction else None)
@@ -162,7 +143,7 @@ class PromptEncoder:
                 rows[i] = self._token_ids([joined[i]], max_length=window.end)[0]
         if not all(rows):
             raise ValueError("the tokenizer gave no tokens for a prompt: it must put bos first")
-        return _Tokens(rows, tuple(alone[: window.start]), window, lost)
+        return Tokens(rows, tuple(alone[: window.start]), window, lost)
 
     def _token_ids(self, texts: list[str], max_length: int | None = None) -> list[list[int]]:
         # `verbose=False`: no warning that a text exceeds the model's maximum; `encode` reports what it cuts.
@@ -174,77 +155,18 @@ class PromptEncoder:
 
     # ----- the model ----------------------------------------------------------------------------------------
 
-    def _run(self, tokens: _Tokens) -> Tensor:
+    def run(self, tokens: Tokens) -> Tensor:
         """Hidden states (B,L,D) of position 0 and of the window, rows right-padded to the longest."""
-        model, window = self.text_encoder, tokens.window
-        if not self._may_keep():
-            self.clear_cache()  # the weights may be about to change, and fused optimizers leave no trace
-        shared = 0 if _ignores_cache(model) else _num_shared(tokens)
+        ids = padded(tokens.rows, self.text_encoder.device)
         # No attention mask: in a causal model no token sees the padding behind it, whatever that holds.
-        new_rows = [torch.tensor(row[shared:]) for row in tokens.rows]
-        new = send(nn.utils.rnn.pad_sequence(new_rows, batch_first=True), model.device)
-        if not shared:
-            hidden = model(input_ids=new, use_cache=False).last_hidden_state
-            return torch.cat([hidden[:, :1], hidden[:, window.start :]], dim=1)
-        prefix = self._prefix(tokens.prefix)
-        hidden = self._continued(prefix, shared, new)
-        bos = prefix.bos.expand(len(tokens.rows), -1, -1)
-        return torch.cat([bos, hidden[:, window.start - shared :]], dim=1)
-
-    def _continued(self, prefix: Prefix, shared: int, new: Tensor) -> Tensor:
-        """Hidden states of tokens (B,L) that follow the first `shared` of the prefix: by a recording, if there are any."""
-        model = self.text_encoder
-
-        def run(ids: Tensor) -> Tensor:
-            return continue_prefix(model, prefix, shared, ids)
-
-        graphs: Any = getattr(model, "graphs", None)
-        if graphs is not None and self._may_keep():
-            length = new.shape[1]
-            # As without: no token sees the padding behind it.
-            padded = nn.functional.pad(new, (0, graphs.bucket(length) - length))
-            key = (id(prefix), shared, autocast_dtype(model.device))
-            hidden: Tensor | None = graphs(key, (model,), run, padded)
-            if hidden is not None:
-                return hidden[:, :length]
-        return run(new)
-
-    def _may_keep(self) -> bool:
-        return not torch.is_grad_enabled() and not self.text_encoder.training
-
-    def _prefix(self, ids: tuple[int, ...]) -> Prefix:
-        model = self.text_encoder
-        if not self._may_keep():
-            return run_prefix(model, ids)
-        fingerprint = [state_of(tensor) for tensor in tensors_of(model)]
-        if fingerprint != self._fingerprint:
-            self.clear_cache()
-            self._fingerprint = fingerprint
-        # Autocast decides the keys' dtype and leaves no trace in the parameters.
-        key = (ids, autocast_dtype(model.device))
-        if key not in self._prefixes:
-            self._prefixes[key] = stored_prefix(model, ids)
-            if len(self._prefixes) > MAX_PREFIXES:
-                self._prefixes.popitem(last=False)
-        self._prefixes.move_to_end(key)
-        return self._prefixes[key]
+        hidden = self.text_encoder(input_ids=ids, use_cache=False).last_hidden_state
+        return torch.cat([hidden[:, :1], hidden[:, tokens.window.start :]], dim=1)
 
 
-def _num_shared(tokens: _Tokens) -> int:
-    """Tokens at the front that every row shares with the prefix.
-
-    Usually the whole prefix. A prompt whose first letters merge with the instruction's end shares a little
-    less. No row is shared to its end: it stands for more text than the prefix does.
-    """
-    columns = zip(tokens.prefix, *tokens.rows, strict=False)
-    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
-
-
-def _ignores_cache(model: Gemma2Model) -> bool:
-    """Gemma's layers do without their cache when they are checkpointed."""
-    return model.training and any(
-        getattr(module, "gradient_checkpointing", False) for module in model.modules()
-    )
+def padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Rows of tokens as one tensor (B,L), the shorter ones with zeros behind."""
+    tensors = [torch.tensor(row) for row in rows]
+    return send(nn.utils.rnn.pad_sequence(tensors, batch_first=True), device)
 
 
 def _refuse_fp16(dtype: torch.dtype | None) -> None:
@@ -288,9 +210,7 @@ def load_text_encoder(
             dtype=dtype or "auto",
             variant=variant,
             use_safetensors=True,
-            # Only this one caps the attention logits in every transformers 5; "sdpa" was once Gemma 2's
-            # default and silently did not.
-            attn_implementation="eager",
+            attn_implementation=ATTENTION,
             local_files_only=True,
             output_loading_info=True,
         )
@@ -300,6 +220,18 @@ def load_text_encoder(
     _refuse_fp16(model.dtype)
     text_encoder: Gemma2Model = model.to(device).eval()
     return text_encoder
+
+
+def build_text_encoder(config: Gemma2Config, *, random_weights: bool = True) -> Gemma2Model:
+    """A `Gemma2Model` of this config with random weights, or unset ones for a file to fill."""
+    from transformers import Gemma2Model
+    from transformers.initialization import no_init_weights
+
+    config._attn_implementation = ATTENTION
+    if random_weights:
+        return Gemma2Model(config)
+    with no_init_weights():
+        return Gemma2Model(config)
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:

@@ -16,7 +16,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from sana_sprint.models.layers import wide_dtype
+from .layers import wide_dtype
 
 
 @dataclass(frozen=True, kw_only=True)

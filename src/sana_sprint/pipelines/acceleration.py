@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sana_sprint.backends.cuda.autoencoder import use_fused_pixels
+from sana_sprint import backends
 from sana_sprint.backends.cuda.graphs import DEFAULT_LIMIT, CallGraphs, StepGraphs
-from sana_sprint.backends.cuda.text_encoder import use_fused_norms
-from sana_sprint.backends.cuda.transformer import use_fused_kernels
 
 
 class AccelerationMethods:
@@ -25,13 +23,8 @@ class AccelerationMethods:
         Raises:
             ValueError: if Triton is not installed, or there is no transformer.
         """
-        for model in (self._accelerated(), getattr(self, "controlnet", None)):
-            if model is not None:
-                use_fused_kernels(model, enabled)
-        if self.vae is not None:
-            use_fused_pixels(self.vae, enabled)
-        if self.text_encoder is not None:
-            use_fused_norms(self.text_encoder, enabled)
+        for model in (self._accelerated(), *self._others()):
+            backends.use_kernels(model, enabled)
 
     def enable_cuda_graphs(self, enabled: bool = True, *, limit: int = DEFAULT_LIMIT) -> None:
         """Record each new shape of what the models do as a CUDA graph, and launch it as a whole from then on.
@@ -46,10 +39,13 @@ class AccelerationMethods:
         Raises:
             ValueError: for a limit below 1, or if there is no transformer.
         """
-        self._accelerated().graphs = StepGraphs(limit) if enabled else None
-        for model in (self.text_encoder, self.vae, getattr(self, "controlnet", None)):
-            if model is not None:
-                model.graphs = CallGraphs(limit) if enabled else None
+        backends.record(self._accelerated(), StepGraphs(limit) if enabled else None)
+        for model in self._others():
+            backends.record(model, CallGraphs(limit) if enabled else None)
+
+    def _others(self) -> list[Any]:
+        parts = (self.text_encoder, self.vae, getattr(self, "controlnet", None))
+        return [part for part in parts if part is not None]
 
     def _accelerated(self) -> Any:
         if self.transformer is None:

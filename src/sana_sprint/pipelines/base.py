@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from sana_sprint import backends
+from sana_sprint.backends.prompt_cache import CachedPromptEncoder
 from sana_sprint.models.autoencoder import AutoencoderDC
 from sana_sprint.models.text_encoder import PromptEncoder
 from sana_sprint.models.transformer import SanaTransformer2DModel
@@ -66,6 +68,8 @@ class BasePipeline(LoraMethods, AccelerationMethods):
         given = (tokenizer, text_encoder, vae, transformer, scheduler)
         for name, component in zip(BasePipeline.component_names, given, strict=True):
             setattr(self, name, component)
+        for module in self._modules().values():
+            backends.apply(module)
         self._progress_settings: dict[str, Any] = {}
         self._encoder: PromptEncoder | None = None
         self._gives_back = False
@@ -314,7 +318,7 @@ class BasePipeline(LoraMethods, AccelerationMethods):
             or encoder.tokenizer is not self.tokenizer
             or encoder.text_encoder is not self.text_encoder
         ):
-            encoder = self._encoder = PromptEncoder(self.tokenizer, self.text_encoder)
+            encoder = self._encoder = CachedPromptEncoder(self.tokenizer, self.text_encoder)
         return encoder
 
     @torch.no_grad()

@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sana_sprint.backends.cuda.control import Branch, controlled_velocity, recorded_velocity
-from sana_sprint.models.controlnet import ControlContext, SanaControlNetModel
+from sana_sprint.models.controlnet import ControlContext, ControlStep, ControlSum, SanaControlNetModel
 from sana_sprint.models.text_encoder import PromptEmbeddings
 from sana_sprint.models.transformer import CaptionContext, SanaTransformer2DModel
 from sana_sprint.noise import draw_noise
@@ -30,11 +29,14 @@ class Control:
     scale: float
     steps: frozenset[int]
 
-    def branch(self, step: int) -> Branch | None:
-        """The branch that is added in this step, if it is."""
-        if step not in self.steps or self.scale <= 0:
-            return None
-        return Branch(self.controlnet, self.context, self.scale)
+    def has_effect(self, step: int) -> bool:
+        """Whether residuals are added in this step."""
+        return step in self.steps and self.scale > 0
+
+    def residuals(self, x: Tensor, flow_t: Tensor, guidance: Tensor | None) -> ControlStep:
+        """The branch's residuals for x (B,C,h,w) at flow time (B,)."""
+        own_time = flow_t * self.controlnet.config.time_scale
+        return self.controlnet.steer(x, own_time, self.context, guidance, self.scale)
 
 
 @dataclass
@@ -90,14 +92,15 @@ class Conditioning:
 
     def velocity(self, x: Tensor, flow_t: Tensor, step: int) -> Tensor:
         """The flow velocity (B,C,h,w) of x (B,C,h,w) at flow time (B,), fp32 in and out."""
-        branches = [branch for control in self.controls if (branch := control.branch(step)) is not None]
-        if not branches:
-            v: Tensor = self.transformer(x, flow_t, self.context, self.guidance)
-            return v
-        recorded = recorded_velocity(self.transformer, branches, x, flow_t, self.guidance, self.context)
-        if recorded is not None:
-            return recorded
-        return controlled_velocity(self.transformer, branches, x, flow_t, self.guidance, self.context)
+        steps = tuple(
+            control.residuals(x, flow_t, self.guidance)
+            for control in self.controls
+            if control.has_effect(step)
+        )
+        v: Tensor = self.transformer(
+            x, flow_t, self.context, self.guidance, ControlSum(steps) if steps else None
+        )
+        return v
 
     def denoise(self, u: Tensor, t: Tensor, step: int) -> Tensor:
         """F (B,C,h,w) in TrigFlow units for u at angle t (B,): a `sampling.StepDenoiser`."""

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from sana_sprint.backends.cpu.allocator import freed_memory_kept
+from sana_sprint.backends.cpu.allocator import kept_while_drawing
 from sana_sprint.images import resize_to_cover
 from sana_sprint.models.text_encoder import PromptEmbeddings
 from sana_sprint.noise import draw_noise
@@ -31,8 +31,6 @@ from sana_sprint.pipelines.text import Prompts
 from sana_sprint.precision import check_dtype, dtype_name, finite_checks_later
 from sana_sprint.resolutions import Size, plan_size
 from sana_sprint.sampling import schedule
-
-_MANY_PIXELS = 512 * 512  # below it, memory that the allocator returns is soon asked for again
 
 
 class SprintPipeline(BasePipeline):
@@ -101,10 +99,9 @@ class SprintPipeline(BasePipeline):
     @contextmanager
     def _computing(self, pixels: int, callback: StepCallback | None) -> Iterator[None]:
         """Context for one call: deferred finite checks and, on a CPU, malloc settings."""
-        on_cpu = self.device.type == "cpu"
         with (
             finite_checks_later(callback is None),  # a callback must see checked tensors only
-            freed_memory_kept(on_cpu and pixels >= _MANY_PIXELS),
+            kept_while_drawing(self.device, pixels),
         ):
             yield
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from sana_sprint.lora import settle
+from sana_sprint.models.text_encoder import build_text_encoder
 from sana_sprint.quantize import PRESETS, check_device, make_quantized, parse_request, quantize_model
 from sana_sprint.weights import WeightsError, load_model
 from sana_sprint.weights.files import read_json, write_json
@@ -133,17 +134,12 @@ def _load_text_encoder(
 ) -> nn.Module:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
-    from transformers import Gemma2Config, Gemma2Model
-    from transformers.initialization import no_init_weights
+    from transformers import Gemma2Config
 
     config = Gemma2Config.from_pretrained(folder, local_files_only=True)
-    config._attn_implementation = (
-        "eager"  # the only one that caps the attention logits in every transformers 5
-    )
     stem = "model" if variant is None else f"model.{variant}"  # transformers' names
     files = [*folder.glob(f"{stem}.safetensors"), *sorted(folder.glob(f"{stem}-*.safetensors"))]
-    with no_init_weights():
-        model: Any = Gemma2Model(config)
+    model: Any = build_text_encoder(config, random_weights=False)
     make_quantized(model, "text_encoder", preset)
     try:
         state = {key: tensor for file in files for key, tensor in load_file(file).items()}

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sana_sprint import torch_private
+from sana_sprint.backends.cpu.subpixel import upsample
+from sana_sprint.models.dc_blocks import UpBlock
 from sana_sprint.quantize.formats import PRESETS, decode, encode, storage
 from sana_sprint.quantize.matmul import fp8_rows, int8_convolution, int8_rows
 
@@ -108,10 +110,15 @@ class QuantizedConv2d(QuantizedLayer):
 
 
 class QuantizedPhases(QuantizedConv2d):
-    """Replaces the convolution of `UpBlock` and the repeated pixels before it: of `upsampling.phase_convolution`.
+    """Replaces an `UpBlock`'s convolution: of the kernels of `subpixel.phase_convolution`, see `QuantizedUpBlock`.
 
-    The kernels of the phases rather than the one they are sums of: rounded once, and without its weight `UpBlock` would
-    convolve the large grid, in 9/4 of the operations.
+    Those of the phases rather than the one they are sums of: rounded once, and without its weight the large grid would have
+    to be convolved, in 9/4 of the operations.
     """
 
-    gives_phases = True
+
+class QuantizedUpBlock(UpBlock):
+    """An `UpBlock` whose convolution is `QuantizedPhases`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return upsample(x, self.conv, self.out_channels, self.repeats if self.shortcut else None)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sana_sprint import torch_private
-from sana_sprint.models.frugal import pieces
+from sana_sprint.backends.cpu.strips import pieces
 from sana_sprint.quantize.formats import FP8, FP8_MAX, INT8_MAX
 
 # Added to a number in fp32, whose last bit then stands for 1, it rounds it, and leaves its code as the lowest byte. Torch
@@ -73,7 +73,7 @@ def _has_triton() -> bool:
 
 
 def _cpu_rows(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """Rounds and rescales in pieces that stay in a core's cache: see `models.frugal`."""
+    """Rounds and rescales in pieces that stay in a core's cache: see `backends.cpu.strips`."""
     rounded = torch.empty(x.shape, dtype=torch.uint8)
     steps = torch.empty(len(x), 1, dtype=scale.dtype)
     for rows in pieces(x):

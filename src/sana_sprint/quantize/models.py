@@ -14,10 +14,16 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from sana_sprint.backends.cpu.subpixel import phase_convolution
 from sana_sprint.models.dc_blocks import UpBlock
-from sana_sprint.models.upsampling import phase_convolution
 from sana_sprint.quantize.formats import PRESETS
-from sana_sprint.quantize.layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear, QuantizedPhases
+from sana_sprint.quantize.layers import (
+    QuantizedConv2d,
+    QuantizedLayer,
+    QuantizedLinear,
+    QuantizedPhases,
+    QuantizedUpBlock,
+)
 from sana_sprint.torch_private import has_vnni
 
 # Component -> the prefix of the layers that are quantised, and exceptions from it.
@@ -108,8 +114,11 @@ def _replace(
         if kind is QuantizedPhases:
             assert isinstance(layer, nn.Conv2d)
             layer = phase_convolution(layer)
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, make(kind, layer))
+        path, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(path)
+        setattr(owner, leaf, make(kind, layer))
+        if kind is QuantizedPhases:
+            owner.__class__ = QuantizedUpBlock
     model.quantization = preset  # type: ignore[assignment]  # a plain attribute, no module or tensor
 
 

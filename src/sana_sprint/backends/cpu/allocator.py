@@ -1,4 +1,4 @@
-"""What the C library does with memory that a call frees, on Linux with glibc."""
+"""Keeping freed memory for the next allocation, on Linux with glibc."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import ctypes
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 
+import torch
+
+MANY_PIXELS = 512 * 512  # with fewer, memory given to the system is soon asked for again
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 _KEPT = 2**31 - 1  # bytes, the most that mallopt takes
 # Where glibc's own, moving threshold ends up in a process that frees larger blocks than that.
@@ -17,6 +20,11 @@ _SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES
 
 _lock = threading.Lock()
 _calls = 0
+
+
+def kept_while_drawing(device: torch.device, pixels: int) -> AbstractContextManager[None]:
+    """`freed_memory_kept` where it pays: while so many pixels are drawn in one call on a CPU."""
+    return freed_memory_kept(device.type == "cpu" and pixels >= MANY_PIXELS)
 
 
 @contextmanager

@@ -4,7 +4,8 @@ A step of the 1.6B transformer is a thousand launches, a prompt through Gemma tw
 than what they launch. A graph reads its inputs from fixed places, into which each call copies its own. Captions have any
 number of tokens: they are padded to a multiple of `TOKENS`, and padding gets weight exactly 0, so few graphs serve all.
 
-A graph remembers addresses. It is found again only for the same weights, so LoRAs, a cast or a move make new ones.
+A graph remembers addresses. It is found again only for the same weights and the same code (the modules' classes), so LoRAs,
+a cast, a move or other kernels make new ones.
 """
 
 from __future__ import annotations
@@ -20,16 +21,15 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sana_sprint.models.blocks import CaptionContext, attention_bias
-from sana_sprint.models.transformer import SanaTransformer2DModel
-from sana_sprint.models.walk import tensors_of
+from sana_sprint.backends.weight_cache import all_modules, all_tensors
+from sana_sprint.models.transformer import CaptionContext, SanaTransformer2DModel, masked_bias
 
 TOKENS = 32  # captions are padded to a multiple of this
 DEFAULT_LIMIT = 16  # graphs; they share the memory of what they compute, and hold their inputs
 
 
 class Recording(Protocol):
-    """What a function launched, ready to be launched again into the same output."""
+    """The launches of a function, ready to be repeated into the same output."""
 
     output: Tensor
 
@@ -138,7 +138,7 @@ class _Graphs:
             return None
         device = inputs[0].device
         shapes = tuple((x.shape, x.stride(), x.dtype) for x in inputs)
-        whole = (key, shapes, device, _addresses(models))
+        whole = (key, shapes, device, _state(models))
 
         def place() -> _Call:
             return _Call(tuple(torch.empty_like(x) for x in inputs), function)
@@ -148,27 +148,27 @@ class _Graphs:
     def caption(
         self,
         models: Sequence[nn.Module],
-        encode: Callable[[Tensor, None], CaptionContext],
+        encode: Callable[[Tensor], CaptionContext],
         text: Tensor,
         text_mask: Tensor | None,
     ) -> CaptionContext | None:
-        """`encode(text, None)` under the mask's bias, of as many tokens as the steps' recordings have; None where graphs do not
+        """`encode(text)` under the mask's bias, of as many tokens as the steps' recordings have; None where graphs do not
         apply. Whether the mask hides anything would have to be asked of the device, so there always is a bias.
 
-        models: whose weights `encode` uses.
+        models: those with the weights that `encode` uses.
         """
         length = text.shape[1]
         more = self.bucket(length) - length
 
         def run(text: Tensor) -> Tensor:
-            context = encode(text, None)
+            context = encode(text)
             return torch.stack([*context.keys, *context.values])
 
         flat = self._call("caption", models, run, (nn.functional.pad(text, (0, 0, 0, more)),))
         if flat is None:
             return None
         keys, values = flat.chunk(2)
-        bias = attention_bias(text.new_ones(text.shape[:2]) if text_mask is None else text_mask)
+        bias = masked_bias(text.new_ones(text.shape[:2]) if text_mask is None else text_mask)
         bias = nn.functional.pad(bias, (0, more), value=float("-inf"))
         return CaptionContext(keys.unbind(), values.unbind(), bias)
 
@@ -184,7 +184,7 @@ class CallGraphs(_Graphs):
         Args:
             key: what the function depends on beside its inputs and the models' weights. What it reads and is neither
                 must not change, and stays alive as long as the recording.
-            models: whose weights the function uses.
+            models: those with the weights that the function uses.
             function: of tensors on one device to a tensor.
             inputs: its arguments; another shape or dtype is another recording.
         """
@@ -207,7 +207,7 @@ class _Call:
 
 
 class StepGraphs(_Graphs):
-    """The recorded steps of a transformer and of its copies with other LoRA strengths."""
+    """Recorded steps of a transformer and of its copies with other LoRA strengths."""
 
     def __call__(
         self,
@@ -217,7 +217,7 @@ class StepGraphs(_Graphs):
         context: CaptionContext,
         guidance: Tensor | None,
     ) -> Tensor | None:
-        """What `model.evaluate` returns, or None where graphs do not apply: training, compiling, another device."""
+        """The transformer's velocity, or None where graphs do not apply: training, compiling, another device."""
         if not self._applies(latent, (model,)):
             return None
         tokens = self.bucket(context.keys[0].shape[2])
@@ -225,8 +225,7 @@ class StepGraphs(_Graphs):
         key = (
             *(None if x is None else (x.shape, x.dtype) for x in (latent, timestep, guidance)),
             (latent.device, context.keys[0].dtype, tokens, has_bias),
-            tuple(block.fused for block in model.blocks),
-            _addresses((model,)),
+            _state((model,)),
         )
 
         def place() -> _Step:
@@ -323,9 +322,11 @@ class _Step:
         self.filled_with = weakref.ref(context)
 
     def run(self, model: SanaTransformer2DModel) -> Tensor:
-        return model.evaluate(self.latent, self.timestep, self.context, self.guidance)
+        # The plain class's, whatever else was put on this model.
+        return SanaTransformer2DModel.forward(model, self.latent, self.timestep, self.context, self.guidance)
 
 
-def _addresses(models: Sequence[nn.Module]) -> int:
-    """Changes if any weight of the models is replaced, rather than written to."""
-    return hash(tuple(tensor.data_ptr() for tensor in tensors_of(*models)))
+def _state(models: Sequence[nn.Module]) -> int:
+    """Changes if a weight of the models is replaced, rather than written to, or a module gets another class."""
+    addresses = (tensor.data_ptr() for tensor in all_tensors(*models))
+    return hash((*addresses, *map(type, all_modules(*models))))

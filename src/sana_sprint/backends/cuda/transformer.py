@@ -7,14 +7,14 @@ Axes: B batch, N image tokens, L text tokens, D width, K heads, E head dim.
 
 from __future__ import annotations
 
-from functools import cache
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sana_sprint.models.blocks import SanaBlocks, SanaTransformerBlock
+from sana_sprint.backends.cuda import device
+from sana_sprint.backends.cuda.device import DTYPES, LARGEST_HEAD_DIM, on_device
+from sana_sprint.backends.swap import Classes
+from sana_sprint.models import transformer
 from sana_sprint.models.layers import (
     FP16_MAX,
     LINEAR_ATTENTION_EPS,
@@ -28,37 +28,8 @@ from sana_sprint.models.layers import (
     split_heads,
 )
 
-OLDEST_CAPABILITY = (8, 0)  # Ampere: bf16 and tf32 products
-LARGEST_HEAD_DIM = 128  # of linear attention: its sums over tokens stay in registers
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-
-def use_fused_kernels(model: SanaBlocks, enabled: bool) -> None:
-    """Have the blocks of a transformer or of its control branch use fused kernels where these apply, or never.
-
-    Raises:
-        ValueError: if enabled and Triton is not installed.
-    """
-    if enabled:
-        check_triton()
-    for block in model.blocks:
-        block.fused = fused_block if enabled else None
-
-
-def on_device(x: Tensor) -> torch.cuda.device:
-    """Where to launch kernels for x: Triton launches on the current device."""
-    return torch.cuda.device(x.device.index if x.is_cuda else -1)
-
-
-def check_triton() -> None:
-    """Raise ValueError if Triton is not installed."""
-    if find_spec("triton") is None:
-        raise ValueError(
-            "fused kernels need Triton, which comes with torch's CUDA builds: pip install triton"
-        )
-
-
-def applies(block: SanaTransformerBlock, x: Tensor) -> bool:
+def applies(block: transformer.SanaTransformerBlock, x: Tensor) -> bool:
     """Whether kernels can stand for the block: inference on an Ampere GPU or later, outside autocast and torch.compile.
 
     Compiled code is traced through the plain path, for which inductor makes kernels of its own.
@@ -71,34 +42,27 @@ def applies(block: SanaTransformerBlock, x: Tensor) -> bool:
         and not block.norm2.elementwise_affine
         and block.attn2.fused
         and x.shape[-1] <= LARGEST_HEAD_DIM * block.attn1.num_heads
-        and runs_on(x.device)
+        and device.runs_on(x.device)
     )
 
 
-@cache
-def runs_on(device: torch.device) -> bool:
-    """Whether this device runs the kernels."""
-    return (
-        device.type == "cuda"
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(device) >= OLDEST_CAPABILITY
-    )
+class SanaTransformerBlock(transformer.SanaTransformerBlock):
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        grid: tuple[int, int],
+    ) -> Tensor:
+        if not applies(self, x):
+            return super().forward(x, modulation, key, value, bias, grid)
+        with on_device(x):
+            return _run(self, x, modulation, key, value, bias, grid)
 
 
-def fused_block(
-    block: SanaTransformerBlock,
-    x: Tensor,
-    modulation: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    grid: tuple[int, int],
-) -> Tensor | None:
-    """What `block.forward` makes of these arguments, or None where kernels do not apply."""
-    if not applies(block, x):
-        return None
-    with on_device(x):
-        return _run(block, x, modulation, key, value, bias, grid)
+CLASSES: Classes = {transformer.SanaTransformerBlock: SanaTransformerBlock}
 
 
 def _run(

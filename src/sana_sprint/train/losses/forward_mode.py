@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sana_sprint.models.blocks import SanaBlocks
+from sana_sprint.models.controlnet import SanaControlNetModel
 from sana_sprint.models.layers import (
     LINEAR_ATTENTION_EPS,
     CrossAttention,
@@ -113,7 +113,7 @@ def steer(
         own_guidance = guidance if branch.config.guidance_embeds else None
         modulation = _by_part(embed_time(branch, flow_t.map(model.own_time), own_guidance)[0])
     x = Dual(x.value + control.condition.to(x.value.dtype), x.tangent)
-    grid = branch.grid(latent.value)
+    grid = model.transformer.grid(latent.value)
     residuals = {}
     copies = zip(branch.blocks, captions.keys, captions.values, branch.controlnet_blocks, strict=True)
     for number, (layer, key, value, projection) in enumerate(copies):
@@ -171,7 +171,9 @@ def patch_embed(layer: PatchEmbed, latent: Dual) -> Dual:
     return Dual(layer(latent.value), tangent.flatten(2).transpose(1, 2).contiguous())
 
 
-def embed_time(transformer: SanaBlocks, flow_t: Dual, guidance: Tensor | None) -> tuple[Dual, Dual]:
+def embed_time(
+    transformer: SanaTransformer2DModel | SanaControlNetModel, flow_t: Dual, guidance: Tensor | None
+) -> tuple[Dual, Dual]:
     """Modulation (B,6D) and embedding (B,D). B rows only, so automatic differentiation costs nothing here."""
 
     def embed(time: Tensor) -> tuple[Tensor, Tensor]:

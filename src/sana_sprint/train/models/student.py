@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from sana_sprint import backends
 from sana_sprint.models.layers import ScalarEmbedder, autocast_off
 from sana_sprint.models.transformer import SanaTransformer2DModel
 from sana_sprint.train.models.adaptation import spread_thresholds
@@ -74,4 +75,4 @@ def with_guidance(teacher: SanaTransformer2DModel) -> SanaTransformer2DModel:
     nn.init.zeros_(embedder.linear_2.bias)
     own = {name: value for name, value in student.state_dict().items() if ".guidance_embedder." in name}
     student.load_state_dict({**state, **own})
-    return student
+    return backends.apply(student)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sana_sprint.models.text_encoder import build_text_encoder
 from sana_sprint.prompts import COMPLEX_HUMAN_INSTRUCTION
 
 if TYPE_CHECKING:
@@ -47,13 +48,12 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedToken
 
 def make_text_encoder(vocab_size: int, settings: Mapping[str, Any]) -> Gemma2Model:
     """A Gemma 2 with random weights; `settings` are fields of its config."""
-    from transformers import Gemma2Config, Gemma2Model
+    from transformers import Gemma2Config
 
     config = Gemma2Config(
         vocab_size=vocab_size, pad_token_id=0, eos_token_id=1, bos_token_id=2, use_cache=True, **settings
     )
-    config._attn_implementation = "eager"  # the one that caps attention logits, as Gemma 2 must
-    return Gemma2Model(config)
+    return build_text_encoder(config)
 
 
 def save_text(tokenizer: PreTrainedTokenizerBase, text_encoder: Gemma2Model, folder: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from sana_sprint.models.text_encoder import PromptEncoder, load_text_encoder, load_tokenizer
+from sana_sprint import backends
+from sana_sprint.backends.prompt_cache import CachedPromptEncoder
+from sana_sprint.models.text_encoder import load_text_encoder, load_tokenizer
 from sana_sprint.models.transformer import SanaTransformer2DModel
 from sana_sprint.train.config import AdaptationRun
 from sana_sprint.train.losses.flow import logit_normal_times
@@ -25,10 +27,10 @@ class AdaptationStage(FlowStage):
         folder = resolve_folder(str(config.teacher))
         super().__init__(config, folder / "vae", report=report)
         text_encoder = load_text_encoder(folder / "text_encoder", device=self.device).requires_grad_(False)
-        self.encoder = PromptEncoder(load_tokenizer(folder / "tokenizer"), text_encoder)
+        self.encoder = CachedPromptEncoder(load_tokenizer(folder / "tokenizer"), text_encoder)
         self.embed = frozen_embed(config, self.encoder, self.cache.captions, report=report)
         old = load_model(SanaTransformer2DModel, folder / "transformer", dtype=torch.float32).to(self.device)
-        self.transformer = with_qk_norm(old, self._evaluate).train()
+        self.transformer = backends.apply(with_qk_norm(backends.apply(old), self._evaluate)).train()
         if error := densify_time(self.transformer):
             report(f"dense time: the new embedding differs from the old one by {error:.1%}")
         self.transformer.gradient_checkpointing = config.gradient_checkpointing

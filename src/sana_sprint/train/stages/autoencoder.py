@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sana_sprint import backends
 from sana_sprint.images import grid, to_pil
 from sana_sprint.models.autoencoder import AutoencoderConfig, AutoencoderDC
 from sana_sprint.train import distributed
@@ -106,9 +107,9 @@ class AutoencoderStage:
 
 def _autoencoder(config: AutoencoderRun) -> AutoencoderDC:
     if config.start is not None:
-        return load_model(AutoencoderDC, config.start, dtype=torch.float32).train()
+        return backends.apply(load_model(AutoencoderDC, config.start, dtype=torch.float32)).train()
     assert config.model is not None  # as the config checks
-    return AutoencoderDC(AutoencoderConfig.from_dict(config.model))
+    return backends.apply(AutoencoderDC(AutoencoderConfig.from_dict(config.model)))
 
 
 def _psnr(mse: float) -> float:

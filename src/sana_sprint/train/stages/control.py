@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from sana_sprint import backends
+from sana_sprint.backends.prompt_cache import CachedPromptEncoder
 from sana_sprint.images import grid, to_pil
 from sana_sprint.models.autoencoder import AutoencoderDC
 from sana_sprint.models.controlnet import SanaControlNetModel
 from sana_sprint.models.text_encoder import (
     PromptEmbeddings,
-    PromptEncoder,
     load_text_encoder,
     load_tokenizer,
 )
@@ -109,14 +110,16 @@ class ControlTeacherStage(FlowStage):
             config, config.control.condition, self.cache, self.autoencoder, report=report
         )
         text_encoder = load_text_encoder(folder / "text_encoder", device=self.device).requires_grad_(False)
-        self.encoder = PromptEncoder(load_tokenizer(folder / "tokenizer"), text_encoder)
+        self.encoder = CachedPromptEncoder(load_tokenizer(folder / "tokenizer"), text_encoder)
         self.embed = frozen_embed(config, self.encoder, self.cache.captions, report=report)
-        self.transformer = load_model(
+        transformer = load_model(
             SanaTransformer2DModel, folder / "transformer", dtype=torch.float32, device=self.device
-        ).requires_grad_(False)
+        )
+        self.transformer = backends.apply(transformer).requires_grad_(False)
         controlnet = SanaControlNetModel.from_transformer(
             self.transformer, config.control.num_copies, config.control.topology
-        ).train()
+        )
+        controlnet = backends.apply(controlnet).train()
         self.controlled = ControlledTransformer(self.transformer, controlnet)
         self.controlled.gradient_checkpointing = config.gradient_checkpointing
         self.players = {"teacher": controlnet}
@@ -164,7 +167,9 @@ class ControlledModels:
         student = load_transformer(self.student_folder)
         start = config.start and resolve_folder(str(config.start)) / "controlnet"
         branches = [
-            load_model(SanaControlNetModel, folder, dtype=torch.float32, device=distributed.device())
+            backends.apply(
+                load_model(SanaControlNetModel, folder, dtype=torch.float32, device=distributed.device())
+            )
             for folder in (config.controlnet, start or config.controlnet)
         ]
         self.teacher = ControlledTransformer(teacher, branches[0].requires_grad_(False))

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from sana_sprint import backends
 from sana_sprint.images import grid, to_pil
 from sana_sprint.models.autoencoder import AutoencoderDC
 from sana_sprint.models.text_encoder import PromptEmbeddings, PromptEncoder
@@ -51,7 +52,7 @@ class FlowStage:
         self.device = distributed.device()
         self.autoencoder_folder = autoencoder
         self.autoencoder = channels_last(
-            load_model(AutoencoderDC, autoencoder, dtype=torch.float32, device=self.device)
+            backends.apply(load_model(AutoencoderDC, autoencoder, dtype=torch.float32, device=self.device))
         )
         self.cache, self.validation_captions = latents_of_run(
             config, self.autoencoder, num_validation=NUM_VALIDATION_CAPTIONS, report=report

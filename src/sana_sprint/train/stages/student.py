@@ -17,6 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from sana_sprint import backends
+from sana_sprint.backends.prompt_cache import CachedPromptEncoder
 from sana_sprint.images import grid, to_pil
 from sana_sprint.models.autoencoder import AutoencoderDC
 from sana_sprint.models.text_encoder import PromptEncoder, load_text_encoder, load_tokenizer
@@ -56,9 +58,9 @@ class TeacherFolder:
         """From `config.teacher`, with the latents of `config.data`."""
         device, folder = distributed.device(), resolve_folder(str(config.teacher))
         text_encoder = load_text_encoder(folder / "text_encoder", device=device).requires_grad_(False)
-        encoder = PromptEncoder(load_tokenizer(folder / "tokenizer"), text_encoder)
+        encoder = CachedPromptEncoder(load_tokenizer(folder / "tokenizer"), text_encoder)
         autoencoder = channels_last(
-            load_model(AutoencoderDC, folder / "vae", dtype=torch.float32, device=device)
+            backends.apply(load_model(AutoencoderDC, folder / "vae", dtype=torch.float32, device=device))
         )
         cache, captions = latents_of_run(
             config, autoencoder, num_validation=NUM_VALIDATION_CAPTIONS, report=report
@@ -125,7 +127,7 @@ def load_transformer(folder: Path) -> SanaTransformer2DModel:
     transformer = load_model(
         SanaTransformer2DModel, folder / "transformer", dtype=torch.float32, device=distributed.device()
     )
-    return transformer.requires_grad_(False)
+    return backends.apply(transformer).requires_grad_(False)
 
 
 class StudentStage:

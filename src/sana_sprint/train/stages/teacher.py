@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from sana_sprint.models.text_encoder import PromptEncoder, load_text_encoder, load_tokenizer
+from sana_sprint import backends
+from sana_sprint.backends.prompt_cache import CachedPromptEncoder
+from sana_sprint.models.text_encoder import load_text_encoder, load_tokenizer
 from sana_sprint.models.transformer import SanaTransformer2DModel, TransformerConfig
 from sana_sprint.train import distributed
 from sana_sprint.train.config import TeacherRun
@@ -33,9 +35,9 @@ class TeacherStage(FlowStage):
         tokenizer, text_encoder, transformer = (
             self._new(config) if config.start is None else _load(config.start)
         )
-        self.encoder = PromptEncoder(tokenizer, text_encoder)
+        self.encoder = CachedPromptEncoder(tokenizer, text_encoder)
         self.embed = partial(embed, self.encoder)
-        self.transformer = transformer
+        self.transformer = backends.apply(transformer)
         self.transformer.gradient_checkpointing = config.gradient_checkpointing
         both = nn.ModuleDict({"transformer": self.transformer, "text_encoder": text_encoder})
         self.players = {"teacher": both.to(self.device)}

@@ -66,7 +66,7 @@ def silu(x: Tensor, bias: Tensor) -> Tensor:
 
 
 def interleave(phases: Tensor, bias: Tensor | None, x: Tensor | None, repeats: int) -> Tensor:
-    """The four phases of `models.upsampling` put in their places, plus what they were made of: (B,C,2H,2W).
+    """The four phases of `cpu.subpixel` in their places, plus the shortcut of their input: (B,C,2H,2W).
 
     phases (B,4C,H+1,W+1), phase by phase, each from its own first row and column on; bias (C,); x (B,I,H,W), each channel
     of which is added `repeats` times in a row, shuffled into pixels. Grids are channels_last.

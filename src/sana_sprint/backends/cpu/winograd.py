@@ -16,13 +16,14 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from sana_sprint.models.frugal import is_frugal
+from sana_sprint.backends.cpu.strips import is_cpu_inference
+from sana_sprint.backends.weight_cache import CachedFromWeight
 from sana_sprint.models.layers import wide_dtype
 from sana_sprint.torch_private import has_bf16_products
 
 LEAST_CHANNELS = 128  # with fewer the passes cost what the products save
 LEAST_PIXELS = 4096  # of fewer, the 16 products are too small
-PIECE = 1 << 24  # bytes of what 16 products are made from, and of these: they should stay in cache
+PIECE = 1 << 24  # bytes of the factors and results of the 16 products of a piece: they should stay in cache
 # A kernel's 16 numbers are G k G^T, and 4 pixels are A^T m A of 16 products m.
 _G = [[1.0, 0.0, 0.0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0.0, 0.0, 1.0]]
 _A = [[1.0, 1.0, 1.0, 0.0], [0.0, 1.0, -1.0, -1.0]]  # transposed
@@ -37,7 +38,7 @@ def pays(conv: nn.Module, x: Tensor) -> bool:
         and conv.groups == 1
         and min(conv.in_channels, conv.out_channels) >= LEAST_CHANNELS
         and x.shape[2] * x.shape[3] >= LEAST_PIXELS
-        and is_frugal(x)
+        and is_cpu_inference(x)
         and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and _multiplies_bf16()))
     )
 
@@ -53,6 +54,9 @@ def transformed_kernels(weight: Tensor) -> Tensor:
     wide = weight.detach().to(wide_dtype(weight))
     g = torch.tensor(_G, dtype=wide.dtype, device=wide.device)
     return torch.einsum("ai,kcij,bj->abck", g, wide, g).flatten(0, 1).to(weight.dtype)
+
+
+cached_kernels = CachedFromWeight(transformed_kernels)
 
 
 def convolve(window: Tensor, kernels: Tensor, bias: Tensor | None) -> Tensor:

@@ -12,7 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from sana_sprint.models.frugal import is_frugal, strips, window_rows
+from sana_sprint.backends.cpu.strips import is_cpu_inference, strips, window_rows
+from sana_sprint.backends.weight_cache import CachedFromWeight
 from sana_sprint.models.layers import wide_dtype
 
 # [phase][tap of the 2-tap kernel][tap of the 3-tap kernel], along one axis
@@ -27,8 +28,11 @@ def phase_kernels(weight: Tensor) -> Tensor:
     return kernels.to(weight.dtype, memory_format=torch.channels_last)
 
 
+cached_kernels = CachedFromWeight(phase_kernels)
+
+
 def phase_convolution(conv: nn.Conv2d) -> nn.Conv2d:
-    """What gives the phases of a grid, see `upsample`, for the 3x3 convolution of its repeated pixels."""
+    """The convolution that gives the phases of a grid, see `upsample`, from the 3x3 one of its repeated pixels."""
     weight, bias = phase_kernels(conv.weight.detach()), conv.bias
     phases = nn.Conv2d(
         conv.in_channels, len(weight), 2, padding=(0, 1), bias=bias is not None, device="meta"
@@ -49,8 +53,8 @@ def upsample(x: Tensor, convolve: Callable[[Tensor], Tensor], channels: int, rep
     size = (batch, channels, 2 * height, 2 * width)
     out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     row = 4 * channels * width * x.element_size()
-    frugal = is_frugal(x)
-    for first, end in strips(height, row) if frugal else [(0, height)]:
+    in_strips = is_cpu_inference(x)
+    for first, end in strips(height, row) if in_strips else [(0, height)]:
         # One row and one column more than the grid has: each phase takes those that begin where its kernel does.
         phases = convolve(window_rows(x, first - 1, end + 1))
         for phase in range(4):
@@ -59,7 +63,7 @@ def upsample(x: Tensor, convolve: Callable[[Tensor], Tensor], channels: int, rep
             target = out[:, :, 2 * first + a : 2 * end : 2, b::2]
             if repeats is None:
                 target.copy_(y)
-            elif frugal:  # in one pass
+            elif in_strips:  # in one pass
                 torch.add(y, _shortcut(x[:, :, first:end], repeats, phase), out=target)
             else:
                 target.copy_(y + _shortcut(x[:, :, first:end], repeats, phase))
@@ -67,7 +71,7 @@ def upsample(x: Tensor, convolve: Callable[[Tensor], Tensor], channels: int, rep
 
 
 def _shortcut(x: Tensor, repeats: int, phase: int) -> Tensor:
-    """Of channels repeated `repeats` times, each fourth from `phase` on: what the shuffle puts into that phase."""
+    """Of channels repeated `repeats` times, each fourth from `phase` on: those that the shuffle puts into that phase."""
     if 4 % repeats == 0:  # no channel twice: a view
         return x[:, phase // repeats :: 4 // repeats]
     index = torch.arange(phase, x.shape[1] * repeats, 4, device=x.device) // repeats

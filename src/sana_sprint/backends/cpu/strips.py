@@ -1,7 +1,7 @@
 """Evaluating big grids in small memory, on a CPU and without gradients.
 
 A new tensor of many megabytes costs more than the arithmetic on it: the kernel zeroes each of its pages at the first
-touch. So what acts on pixels one by one runs in pieces that stay in a core's cache and writes over its input, and
+touch. So operations on single pixels run in pieces that stay in a core's cache and write over their input, and
 convolutions run in strips of rows whose memory is used again. The numbers are the same, up to rounding.
 """
 
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-PIECE = 1 << 19  # elements that are in work at once: 2 MiB in fp32, shared by the cores
+from sana_sprint.models.layers import autocast_dtype
+
+PIECE = 1 << 19  # elements of a piece: 2 MiB in fp32, shared by the cores
 STRIP = 1 << 24  # bytes of a strip: malloc keeps blocks of less than 32 MiB for the next one
 
 
@@ -23,23 +25,21 @@ def is_inference(x: Tensor) -> bool:
 
     Not where gradients are wanted, nor under autocast, whose casts go by operation.
     """
-    kind = x.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return not (torch.is_grad_enabled() or autocast)
+    return not torch.is_grad_enabled() and autocast_dtype(x.device) is None
 
 
-def is_frugal(x: Tensor) -> bool:
-    """Whether to work in pieces. Compilers are given whole operations, which they fuse themselves."""
+def is_cpu_inference(x: Tensor) -> bool:
+    """`is_inference` on a CPU, outside compilers: these get whole operations, which they fuse themselves."""
     return x.device.type == "cpu" and is_inference(x) and not torch.compiler.is_compiling()
 
 
 def needs_pieces(x: Tensor) -> bool:
     """Whether an array is so large that working in pieces pays."""
-    return is_frugal(x) and x.numel() > PIECE
+    return is_cpu_inference(x) and x.numel() > PIECE
 
 
 def pieces(x: Tensor) -> Iterator[slice]:
-    """Rows of x (N,...) that are in work at once."""
+    """Consecutive slices of the rows of x (N,...), each of `PIECE` elements or of one row."""
     rows = max(1, PIECE // x.shape[1:].numel())
     return (slice(first, first + rows) for first in range(0, len(x), rows))
 
@@ -49,8 +49,8 @@ def over_rows(
 ) -> Tensor:
     """`function` of arrays (B,N,...,C) -> (B,N,...,C), which sees each of the N rows by itself.
 
-    It must give as many numbers as `target` has. `target` is given up: where memory is saved, the result is written
-    over it. Or into `out`, which may be one of the others.
+    The result has the size of `target`, which the caller no longer needs: in pieces, the result is written over it. Or
+    into `out`, which may be one of the others.
     """
     if not needs_pieces(target):
         made = function(target, *others)
@@ -76,7 +76,7 @@ def over_pixels(
 
 def needs_strips(x: Tensor, channels: int) -> bool:
     """Whether grids of `x`'s height and width and of `channels` are so large that `by_strips` pays."""
-    return is_frugal(x) and x.shape[2] * x.shape[3] * x.element_size() * channels > 2 * STRIP
+    return is_cpu_inference(x) and x.shape[2] * x.shape[3] * x.element_size() * channels > 2 * STRIP
 
 
 def by_strips(

@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from sana_sprint.models import prefix_store
+from sana_sprint.backends import prompt_files
 from tests.helpers.text import INSTRUCTION, record_runs, tiny_encoder
 
 
 @pytest.fixture(autouse=True)
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of its own, and small models count."""
-    monkeypatch.setenv(prefix_store.VARIABLE, str(tmp_path))
-    monkeypatch.setattr(prefix_store, "MIN_PARAMETERS", 0)
+    monkeypatch.setenv(prompt_files.VARIABLE, str(tmp_path))
+    monkeypatch.setattr(prompt_files, "MIN_PARAMETERS", 0)
     return tmp_path / "prefixes"
 
 
@@ -49,7 +49,7 @@ def test_a_damaged_file_is_made_again(store: Path, damage: str) -> None:
     (path,) = store.iterdir()
     whole = path.read_bytes()
     if damage == "foreign":
-        prefix_store.write(path.stem, {"x": torch.zeros(1)})
+        prompt_files.write(path.stem, {"x": torch.zeros(1)})
     else:
         path.write_bytes(whole[: len(whole) // 2] if damage == "cut" else b"")
     again, ran_again = encode()
@@ -61,13 +61,13 @@ def test_a_damaged_file_is_made_again(store: Path, damage: str) -> None:
 def test_without_a_disk_things_are_only_slower(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store.parent.joinpath("file").write_text("")
     for place in ("off", str(store.parent / "file")):
-        monkeypatch.setenv(prefix_store.VARIABLE, place)
+        monkeypatch.setenv(prompt_files.VARIABLE, place)
         assert encode()[1] == encode()[1] > 2
     assert not store.exists()
 
 
 def test_the_files_used_last_stay(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefix_store, "MAX_FILES", 2)
+    monkeypatch.setattr(prompt_files, "MAX_FILES", 2)
     for change in (0.0, 1.0, 2.0):
         encode(change)
     assert len(list(store.iterdir())) == 2
@@ -76,7 +76,7 @@ def test_the_files_used_last_stay(store: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_small_and_quantised_models_are_not_kept(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Linear(4, 4)
-    assert prefix_store.name_of(model, (1,), None)
-    assert not prefix_store.name_of(model.to("meta"), (1,), None)
+    assert prompt_files.name_of(model, (1,), None)
+    assert not prompt_files.name_of(model.to("meta"), (1,), None)
     monkeypatch.undo()
-    assert not prefix_store.name_of(nn.Linear(4, 4), (1,), None)
+    assert not prompt_files.name_of(nn.Linear(4, 4), (1,), None)

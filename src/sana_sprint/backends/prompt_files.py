@@ -37,7 +37,7 @@ def folder() -> Path | None:
 
 
 def name_of(model: nn.Module, ids: tuple[int, ...], dtype: torch.dtype | None) -> str | None:
-    """A file's name: what the instruction's keys and values depend on. None for a model whose results are not kept.
+    """The file name of an instruction's keys and values, from all they depend on; None for a model whose are not kept.
 
     That is a small one, and one whose parameters are no plain tensors (quantised, sharded, on the meta device). Of each
     parameter the first numbers count, so weights that were trained, merged or cast have another name.

@@ -1,4 +1,4 @@
-"""PromptEncoder runs only new tokens, uses no stale keys and values, and lets gradients through."""
+"""The cached encoder runs only new tokens, uses no stale keys and values, and lets gradients through."""
 
 import functools
 from collections.abc import Callable
@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import Gemma2Model
 
-from sana_sprint.models.text_encoder import MAX_PREFIXES, PromptEncoder
+from sana_sprint.backends import prompt_cache
+from sana_sprint.backends.prompt_cache import MAX_INSTRUCTIONS, CachedPromptEncoder
 from tests.helpers.text import (
     INSTRUCTION,
     PROMPTS,
@@ -23,12 +24,12 @@ from tests.helpers.text import (
 
 
 @pytest.fixture
-def encoder() -> PromptEncoder:
+def encoder() -> CachedPromptEncoder:
     return tiny_encoder()
 
 
 @pytest.fixture
-def runs(encoder: PromptEncoder) -> list[tuple[int, ...]]:
+def runs(encoder: CachedPromptEncoder) -> list[tuple[int, ...]]:
     """The shapes of the token batches that the model is run on."""
     return record_runs(encoder.text_encoder)
 
@@ -48,27 +49,22 @@ def test_runs_the_instruction_once_and_no_padding(encoder, runs):
 
 
 @torch.no_grad()
-def test_the_kept_prefix_is_not_changed_by_use(encoder):
+def test_what_is_kept_is_not_changed_by_use(encoder):
     first = encoder.encode(PROMPTS, complex_human_instruction=INSTRUCTION)
-    (prefix,) = encoder._prefixes.values()
-    before = [tensor.clone() for tensor in (*prefix.keys, *prefix.values, prefix.bos)]
-    assert prefix.bos.untyped_storage().nbytes() == prefix.bos.nbytes  # not a view of all the hidden states
     encoder.encode(["a cat"], complex_human_instruction=INSTRUCTION)
     one = encoder.encode([""], max_sequence_length=2, complex_human_instruction=INSTRUCTION)
     one.embeds.add_(1)  # a caller may write to what it gets
     again = encoder.encode(PROMPTS, complex_human_instruction=INSTRUCTION)
     assert torch.equal(first.embeds, again.embeds)
-    for old, new in zip(before, (*prefix.keys, *prefix.values, prefix.bos), strict=True):
-        assert torch.equal(old, new)
+    fresh = CachedPromptEncoder(encoder.tokenizer, encoder.text_encoder)
+    assert torch.equal(again.embeds, fresh.encode(PROMPTS, complex_human_instruction=INSTRUCTION).embeds)
 
 
 @torch.no_grad()
-def test_a_batch_shares_the_prefix_without_copies(encoder):
-    from sana_sprint.models.prefix import start_cache
-
-    encoder.encode(["a"], complex_human_instruction=INSTRUCTION)
-    (prefix,) = encoder._prefixes.values()
-    cache = start_cache(prefix, 5, batch_size=3)
+def test_a_prefix_keeps_no_more_than_it_needs_and_a_batch_shares_it(encoder):
+    prefix = prompt_cache.run_prefix(encoder.text_encoder, (2, 5, 9, 11, 4, 8))
+    assert prefix.bos.untyped_storage().nbytes() == prefix.bos.nbytes  # not a view of all the hidden states
+    cache = prompt_cache.start_cache(prefix, 5, batch_size=3)
     assert cache.get_seq_length() == 5
     for layer, keys, values in zip(cache.layers, prefix.keys, prefix.values, strict=True):
         assert layer.keys.data_ptr() == keys.data_ptr()
@@ -79,14 +75,14 @@ def test_a_batch_shares_the_prefix_without_copies(encoder):
 @torch.no_grad()
 def test_few_instructions_are_kept_the_least_used_goes_first(encoder, runs):
     encoder.encode(["a"], complex_human_instruction=["the first: "])
-    for i in range(MAX_PREFIXES - 1):
+    for i in range(MAX_INSTRUCTIONS - 1):
         encoder.encode(["a"], complex_human_instruction=[f"number {i}: "])
     encoder.encode(
         ["a"], complex_human_instruction=["the first: "]
     )  # all kept so far, and this is now the newest
-    assert len(encoder._prefixes) == MAX_PREFIXES
+    assert len(encoder) == MAX_INSTRUCTIONS
     encoder.encode(["a"], complex_human_instruction=["one more: "])
-    assert len(encoder._prefixes) == MAX_PREFIXES
+    assert len(encoder) == MAX_INSTRUCTIONS
     runs.clear()
     encoder.encode(["a"], complex_human_instruction=["the first: "])
     encoder.encode(["a"], complex_human_instruction=["number 0: "])
@@ -135,7 +131,7 @@ def test_changed_weights_are_noticed(encoder, change):
     before = encoder.encode(["a cat"], complex_human_instruction=INSTRUCTION).embeds
     change(encoder.text_encoder)
     after = encoder.encode(["a cat"], complex_human_instruction=INSTRUCTION).embeds
-    fresh = PromptEncoder(encoder.tokenizer, encoder.text_encoder)
+    fresh = CachedPromptEncoder(encoder.tokenizer, encoder.text_encoder)
     assert torch.equal(after, fresh.encode(["a cat"], complex_human_instruction=INSTRUCTION).embeds)
     assert not torch.equal(after.float(), before)
 
@@ -147,7 +143,7 @@ def test_training_drops_what_was_kept(encoder, instruction):
     for _ in range(2):
         with torch.no_grad():
             kept = encoder.encode(["a cat"], complex_human_instruction=INSTRUCTION).embeds
-            fresh = PromptEncoder(encoder.tokenizer, encoder.text_encoder)
+            fresh = CachedPromptEncoder(encoder.tokenizer, encoder.text_encoder)
             assert torch.equal(kept, fresh.encode(["a cat"], complex_human_instruction=INSTRUCTION).embeds)
         encoder.encode(["a cat"], complex_human_instruction=instruction).embeds.square().sum().backward()
         optimizer.step()
@@ -158,7 +154,7 @@ def test_clear_cache_forgets_what_parameters_do_not_show(encoder):
     encoder.encode(["a cat"], complex_human_instruction=INSTRUCTION)
     for layer in encoder.text_encoder.layers:
         layer.self_attn.scaling *= 0.5
-    fresh = PromptEncoder(encoder.tokenizer, encoder.text_encoder)
+    fresh = CachedPromptEncoder(encoder.tokenizer, encoder.text_encoder)
     expected = fresh.encode(["a cat"], complex_human_instruction=INSTRUCTION).embeds
     assert not torch.equal(encoder.encode(["a cat"], complex_human_instruction=INSTRUCTION).embeds, expected)
     encoder.clear_cache()
@@ -181,7 +177,7 @@ def test_inference_mode_no_grad_and_grad_mix(encoder):
 
 def test_a_model_made_in_inference_mode():
     with torch.inference_mode():
-        encoder = PromptEncoder(tiny_tokenizer(), tiny_text_encoder())
+        encoder = CachedPromptEncoder(tiny_tokenizer(), tiny_text_encoder())
         first = encoder.encode(["a cat"], complex_human_instruction=INSTRUCTION)
         assert_equals_reference(first, padded_reference(encoder, ["a cat"], 300, INSTRUCTION))
 
@@ -191,7 +187,7 @@ def test_autocast_has_its_own_prefix(encoder):
     plain = encoder.encode(["a cat"], complex_human_instruction=INSTRUCTION).embeds
     with torch.autocast("cpu", torch.bfloat16):
         mixed = encoder.encode(["a cat"], complex_human_instruction=INSTRUCTION).embeds
-        fresh = PromptEncoder(encoder.tokenizer, encoder.text_encoder)
+        fresh = CachedPromptEncoder(encoder.tokenizer, encoder.text_encoder)
         assert torch.equal(mixed, fresh.encode(["a cat"], complex_human_instruction=INSTRUCTION).embeds)
     assert not torch.equal(mixed, plain)
     assert torch.equal(plain, encoder.encode(["a cat"], complex_human_instruction=INSTRUCTION).embeds)
@@ -209,7 +205,7 @@ def test_gradients_equal_those_of_the_padded_reference(instruction, checkpointin
             if hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = True
                 module._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
-    encoder = PromptEncoder(tiny_tokenizer(), model)
+    encoder = CachedPromptEncoder(tiny_tokenizer(), model)
     with torch.no_grad():  # leaves a kept prefix behind that training must not use
         encoder.text_encoder.eval()
         encoder.encode(["a"], complex_human_instruction=instruction)
@@ -239,4 +235,4 @@ def test_training_runs_the_instruction_once_for_the_batch(encoder, runs):
     for _ in range(2):
         encoder.encode(["a cat", "the moon"], complex_human_instruction=INSTRUCTION)
     assert runs == 2 * [(1, num_instruction - 1), (2, 2)]
-    assert not encoder._prefixes
+    assert len(encoder) == 0
