@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from sana_sprint.backends.prompt_cache import CachedPromptEncoder
     from sana_sprint.models.autoencoder import AutoencoderDC
     from sana_sprint.models.controlnet import SanaControlNetModel
     from sana_sprint.models.text_encoder import PromptEncoder
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AutoencoderDC",
+    "CachedPromptEncoder",
     "PromptEncoder",
     "SCMScheduler",
     "SanaControlNetModel",
@@ -37,6 +39,7 @@ __all__ = [
 
 _HOME = {
     "AutoencoderDC": "models.autoencoder",
+    "CachedPromptEncoder": "backends.prompt_cache",
     "PromptEncoder": "models.text_encoder",
     "SCMScheduler": "scheduler",
     "SanaControlNetModel": "models.controlnet",

@@ -68,11 +68,14 @@ class BasePipeline(LoraMethods, AccelerationMethods):
         given = (tokenizer, text_encoder, vae, transformer, scheduler)
         for name, component in zip(BasePipeline.component_names, given, strict=True):
             setattr(self, name, component)
-        for module in self._modules().values():
-            backends.apply(module)
         self._progress_settings: dict[str, Any] = {}
         self._encoder: PromptEncoder | None = None
         self._gives_back = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Module):  # a component: the default speed
+            backends.apply(value)
+        super().__setattr__(name, value)
 
     # ----- making one -------------------------------------------------------------------------------------------------
 

@@ -97,9 +97,8 @@ class Conditioning:
             for control in self.controls
             if control.has_effect(step)
         )
-        v: Tensor = self.transformer(
-            x, flow_t, self.context, self.guidance, ControlSum(steps) if steps else None
-        )
+        control = (ControlSum(steps),) if steps else ()
+        v: Tensor = self.transformer(x, flow_t, self.context, self.guidance, *control)
         return v
 
     def denoise(self, u: Tensor, t: Tensor, step: int) -> Tensor:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from sana_sprint.models.text_encoder import PromptEncoder, load_text_encoder, load_tokenizer
+from sana_sprint.backends.prompt_cache import CachedPromptEncoder
+from sana_sprint.models.text_encoder import load_text_encoder, load_tokenizer
 from sana_sprint.models.transformer import SanaTransformer2DModel
 from sana_sprint.train import loop
 from sana_sprint.train.stages.captions import embed
@@ -38,7 +39,7 @@ def test_its_first_predictions_are_the_folders(chain: Path, tmp_path: Path) -> N
     folder = chain / "teacher" / "final"
     stage = make(parse(started(tmp_path / "run", chain)))
     assert isinstance(stage, TeacherStage)
-    encoder = PromptEncoder(load_tokenizer(folder / "tokenizer"), load_text_encoder(folder / "text_encoder"))
+    encoder = CachedPromptEncoder(load_tokenizer(folder / "tokenizer"), load_text_encoder(folder / "text_encoder"))
     transformer = load_model(SanaTransformer2DModel, folder / "transformer")
     captions = ["a red square", "a green square on something unheard of"]
     x, s = torch.randn(2, 4, 4, 4), torch.tensor([0.2, 0.9])
