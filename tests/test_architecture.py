@@ -26,6 +26,7 @@ LEVELS = {
     "resolutions": 0,
     "prompts": 0,
     "torch_private": 0,
+    "vocabulary": 0,
     "precision": 0,
     "noise": 1,
     "stopping": 0,

@@ -23,6 +23,7 @@ from sana_sprint.cli.prompts import gather_prompts
 
 if TYPE_CHECKING:
     from sana_sprint.pipelines.text_to_image import SanaSprintPipeline
+    from sana_sprint.vocabulary import Vocabulary
 
 # 8192 x 8192, four times the largest published picture: a typing error must not fill the memory.
 MAX_PIXELS = 2**26
@@ -121,7 +122,7 @@ class Task:
         drawn, files = _draw_and_save(
             pipeline, self.jobs, arguments, model, self.output, notes, show_lines=not self.as_json
         )
-        _remark(drawn)
+        _remark(drawn, pipeline.vocabulary)
         if self.as_json:
             report = _report(
                 drawn, files, self.texts, model=model, device=str(pipeline.device), load_s=load_s
@@ -236,7 +237,7 @@ def _draw_and_save(
     return drawn, files
 
 
-def _remark(drawn: Sequence[Drawn]) -> None:
+def _remark(drawn: Sequence[Drawn], vocabulary: Vocabulary | None) -> None:
     """Report on stderr where the result differs from the request."""
     for prompt, lost in {picture.prompt: picture.lost_tokens for picture in drawn}.items():
         if lost:
@@ -244,6 +245,9 @@ def _remark(drawn: Sequence[Drawn]) -> None:
                 f"warning: too long, the last {lost} tokens were not used: {prompt[:SHOWN_PROMPT]}...",
                 err=True,
             )
+        untaught = vocabulary.untaught(prompt) if vocabulary is not None else ()
+        if untaught:
+            typer.echo(f"note: not taught: {', '.join(untaught)}", err=True)
     out = drawn[0].output
     if (out.width, out.height) != (out.model_width, out.model_height):
         typer.echo(

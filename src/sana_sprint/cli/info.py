@@ -16,6 +16,7 @@ from sana_sprint.cli.common import CommandError
 # safetensors' names of number formats; others are shown as they are.
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64", "I64": "int64"}
 INDEX_SUFFIX = ".index.json"  # of the file that says which shard holds which tensor
+SHOWN_WORDS = 12
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 # Components without weights, by the end of their class names.
 WEIGHTLESS = ("Scheduler", "Tokenizer", "TokenizerFast", "Processor", "TokenizersBackend")
@@ -51,6 +52,7 @@ def info(
         "folder": str(folder),
         "pipeline": index,
         "native_size": _native_size(parts),
+        "vocabulary": _vocabulary(folder),
         "parameters": sum(component.parameters for component in components.values()),
         "bytes": sum(component.bytes for component in components.values()),
         "components": {name: asdict(component) for name, component in components.items()},
@@ -183,6 +185,14 @@ def _native_size(parts: dict[str, tuple[Path, str]]) -> int | None:
     return native_size(int(transformer["sample_size"]), 2 ** (len(stages) - 1))
 
 
+def _vocabulary(folder: Path) -> list[str] | None:
+    """The words that the model was taught, sorted; None if the folder does not say."""
+    from sana_sprint import vocabulary
+
+    found = vocabulary.read(folder)
+    return None if found is None else sorted(found.words)
+
+
 def _lines(summary: dict[str, Any]) -> list[str]:
     native = summary["native_size"]
     facts = {
@@ -193,6 +203,8 @@ def _lines(summary: dict[str, Any]) -> list[str]:
         "parameters": f"{summary['parameters']:,}",
         "size": readable_bytes(summary["bytes"]),
     }
+    if (words := summary["vocabulary"]) is not None:
+        facts["words"] = f"{len(words)}: {', '.join(words[:SHOWN_WORDS])}, ... (all with --json)"
     rows = [("component", "class", "parameters", "stored as", "size")]
     for name, part in summary["components"].items():
         kinds = ", ".join(kind for kind, _ in Counter(part["dtypes"]).most_common()) or "-"

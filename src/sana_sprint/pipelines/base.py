@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -26,6 +27,8 @@ from sana_sprint.prompts import DEFAULT_MAX_SEQUENCE_LENGTH
 from sana_sprint.quantize import parse_request
 from sana_sprint.resolutions import native_size
 from sana_sprint.scheduler import SCMScheduler
+from sana_sprint.vocabulary import Vocabulary
+from sana_sprint.vocabulary import read as read_vocabulary
 from sana_sprint.weights import resolve_folder
 from sana_sprint.weights.paging import give_back
 
@@ -71,6 +74,8 @@ class BasePipeline(LoraMethods, AccelerationMethods):
         self._progress_settings: dict[str, Any] = {}
         self._encoder: PromptEncoder | None = None
         self._gives_back = False
+        # The words that a small model was taught, from its folder; None if that does not say.
+        self.vocabulary: Vocabulary | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, nn.Module):  # a component: the default speed
@@ -138,6 +143,7 @@ class BasePipeline(LoraMethods, AccelerationMethods):
                 variant=variant,
             )
         )
+        pipeline.vocabulary = read_vocabulary(folder)
         made = {name for name, part in components.items() if part is None or isinstance(part, nn.Module)}
         return pipeline.quantize({name: presets[name] for name in presets.keys() - made})
 
@@ -157,7 +163,9 @@ class BasePipeline(LoraMethods, AccelerationMethods):
         have = {**pipeline.components, **components}
         if missing := [name for name in cls.component_names if name not in have]:
             raise ValueError(f"{cls.__name__} also needs {', '.join(missing)}")
-        return cls(**{name: have[name] for name in cls.component_names})
+        made = cls(**{name: have[name] for name in cls.component_names})
+        made.vocabulary = pipeline.vocabulary
+        return made
 
     def save_pretrained(
         self,
@@ -183,6 +191,8 @@ class BasePipeline(LoraMethods, AccelerationMethods):
             variant=variant,
             max_shard_size=max_shard_size,
         )
+        if self.vocabulary is not None:
+            self.vocabulary.write(Path(folder))
 
     # ----- components -------------------------------------------------------------------------------------------------
 
