@@ -115,14 +115,54 @@ def test_every_stage_is_found(kind):
     assert_refused(call("train", "other.toml"), 1, "absent_folder")
 
 
+ENDLESS = [
+    "schedule.steps=1000000",
+    "schedule.save_every=1000000",
+    "schedule.log_every=1",
+]  # but for a signal
+
+
+def assert_saved(stderr: str) -> None:
+    """The run has one checkpoint, of the last step in its log, and said so."""
+    assert "Traceback" not in stderr
+    (saved,) = Path("run").glob("checkpoint-*.pt")
+    step = int(saved.stem.removeprefix("checkpoint-"))
+    assert f"stopped at step {step}, and saved" in stderr
+    assert "the same command continues" in stderr
+    assert logged()[-1]["step"] == step
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_tells_how_to_go_on(number):
+    signals_itself = f"""
+import os
+
+calls = 0
+
+def signalling(index):
+    global calls
+    calls += 1
+    if calls == 20:
+        os.kill(os.getpid(), {int(number)})
+    return picture(index)
+"""
+    Path("my_pictures.py").write_text(SOURCE + signals_itself)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
+    try:
+        result = call("train", "stage.toml", "data.source=my_pictures:signalling", *ENDLESS)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (result.exit_code, result.stdout) == (128 + number, "")
+    assert_saved(result.stderr)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_from_another_process_saves_too(number):
     code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell may have it ignored
     code += "from sana_sprint.cli import app; app()"
-    # Nothing but the signal makes it save.
-    overrides = ["schedule.steps=1000000", "schedule.save_every=1000000", "schedule.log_every=1"]
     process = subprocess.Popen(
-        [sys.executable, "-c", code, "train", "stage.toml", *overrides],
+        [sys.executable, "-c", code, "train", "stage.toml", *ENDLESS],
         env=subprocess_settings(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -139,12 +179,7 @@ def test_a_signal_saves_and_tells_how_to_go_on(number):
     finally:
         process.kill()
     assert (process.returncode, stdout) == (128 + number, "")
-    assert "Traceback" not in stderr
-    (saved,) = Path("run").glob("checkpoint-*.pt")
-    step = int(saved.stem.removeprefix("checkpoint-"))
-    assert f"stopped at step {step}, and saved" in stderr
-    assert "the same command continues" in stderr
-    assert logged()[-1]["step"] == step
+    assert_saved(stderr)
 
 
 def test_the_second_signal_acts_as_it_always_does():
