@@ -9,7 +9,12 @@ from PIL import Image, ImageDraw
 from sana_sprint import SanaSprintControlNetPipeline, backends
 from sana_sprint.backends.cuda.graphs import TOKENS, CallGraphs, StepGraphs
 from sana_sprint.models.controlnet import SanaControlNetModel
+from sana_sprint.pipelines.control import ControlInput
+from sana_sprint.pipelines.denoise import Conditioning
+from sana_sprint.pipelines.inputs import Plan
+from sana_sprint.pipelines.text import Prompts
 from sana_sprint.prompts import COMPLEX_HUMAN_INSTRUCTION
+from sana_sprint.resolutions import Size
 from tests.helpers.graphs import FakeRecorder
 from tests.helpers.models import randomize
 from tests.helpers.pipeline import LONG, PROMPT, tiny_pipeline
@@ -71,6 +76,50 @@ def test_pictures_of_recorded_calls_are_the_pictures(pipe):
         "vae": 3,
         "controlnet": 5,
     }
+
+
+@torch.no_grad()
+def test_steps_with_several_branches_are_recorded_as_one(pipe):
+    """Two branches of different form and depth: one recording serves other pictures, scales make another."""
+    transformer, official = (
+        pipe.transformer,
+        SanaControlNetModel.from_transformer(pipe.transformer, num_layers=1, topology="official"),
+    )
+    randomize(official, seed=5)
+    text = Prompts(PROMPT).encode(pipe.prompt_encoder, False, 300, None)
+    plan = Plan(num_prompts=1, repeats=1, size=Size(32, 32, 32, 32), times=(1.5, 0.0))
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def controls(conditioning, where, scale):
+        return tuple(
+            ControlInput(
+                controlnet=branch,
+                vae=pipe.vae,
+                pictures=(sketch(where + shift),),
+                kind="scribble",
+                thickness=None,
+                scale=scale,
+                start=0.0,
+                end=1.0,
+            )
+            .prepare(plan)
+            .encode(conditioning, 1)
+            for branch, shift in ((pipe.controlnet, 0), (official.eval(), 6))
+        )
+
+    def velocity(where, scale):
+        conditioning = Conditioning.of(transformer, text, 1, (4.5,))
+        conditioning.controls = controls(conditioning, where, scale)
+        return conditioning.velocity(x, torch.tensor([0.8]), 0)
+
+    calls = [(2, 1.0), (10, 1.0), (2, 0.5)]
+    expected = [velocity(*call) for call in calls]
+    assert (expected[0] - expected[1]).abs().max() > 1e-2  # so that a picture of another call would show
+    recorder = record(pipe.controlnet)
+    backends.record(transformer, StepGraphs(record=FakeRecorder(), device_type="cpu"))
+    for call, velocities in [*zip(calls, expected, strict=True)] * 2:
+        torch.testing.assert_close(velocity(*call), velocities, rtol=1e-4, atol=1e-4)
+    assert recorder.recorded == 3  # captions, and steps at two scales
 
 
 @torch.no_grad()
