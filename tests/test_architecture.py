@@ -160,6 +160,18 @@ def test_diffusers_is_only_a_reference_for_tests(name):
     assert "diffusers" not in {target.split(".")[0] for target in imported(name)}
 
 
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "torch_private"])
+def test_what_torch_does_not_document_is_used_in_one_module(name):
+    """No `torch._name`, at any depth below torch, and no operations of its libraries."""
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Attribute):
+            path = ast.unparse(node)
+            is_private = re.match(r"torch(\.\w+)*\._(?!_)", path) or path.startswith(
+                ("torch.ops.onednn", "torch.ops.mkldnn")
+            )
+            assert not is_private, f"{name} uses {path}: put it into torch_private"
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_files_and_functions_stay_short(name):
     assert len(FILES[name].read_text(encoding="utf-8").splitlines()) <= MAX_FILE_LINES

@@ -113,3 +113,19 @@ def test_what_a_processor_has_is_known_without_the_private_function(other_torch:
     expected = torch_private.has_bf16_products()
     other_torch("mkldnn::_is_mkldnn_bf16_supported")
     assert torch_private.has_bf16_products() == expected
+
+
+@pytest.mark.parametrize("name", ["_foreach_copy_", "_foreach_lerp_"])
+def test_many_tensors_change_alike_one_by_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def changed() -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        tensors, others = ([torch.randn(7, 5, generator=generator) for _ in range(3)] for _ in range(2))
+        if name == "_foreach_copy_":
+            torch_private.copy_all(tensors, others)
+        else:
+            torch_private.lerp_all(tensors, others, 0.3)
+        return tensors
+
+    together = changed()
+    monkeypatch.delattr(torch, name)
+    assert all(torch.equal(one, other) for one, other in zip(changed(), together, strict=True))

@@ -7,7 +7,7 @@ here; otherwise documented ones give the same numbers more slowly, and a warning
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -178,3 +178,26 @@ def fp8_product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor) -> Tenso
 
 def _zeros(scale: Tensor) -> Tensor:
     return torch.zeros(len(scale), dtype=torch.int64)
+
+
+# ----- many tensors at once -------------------------------------------------------------------------------------------
+
+
+def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copies each source into its target: in one launch on a GPU, where torch can."""
+    copy = getattr(torch, "_foreach_copy_", None)
+    if copy is not None:
+        copy(list(targets), list(sources))
+        return
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
+
+
+def lerp_all(targets: Sequence[Tensor], ends: Sequence[Tensor], weight: float) -> None:
+    """Moves each target towards its end by a fraction `weight`: in one launch on a GPU, where torch can."""
+    lerp = getattr(torch, "_foreach_lerp_", None)
+    if lerp is not None:
+        lerp(list(targets), list(ends), weight)
+        return
+    for target, end in zip(targets, ends, strict=True):
+        target.lerp_(end, weight)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sana_sprint.torch_private import lerp_all
+
 
 class EMA:
     """Exponential moving average of named parameters, in fp32.
@@ -27,7 +29,7 @@ class EMA:
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         if self.weights:
             live = [p.detach().float() for p in self.parameters.values()]
-            torch._foreach_lerp_(list(self.weights.values()), live, weight)
+            lerp_all(list(self.weights.values()), live, weight)
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor]) -> None:

@@ -39,7 +39,9 @@ def test_its_first_predictions_are_the_folders(chain: Path, tmp_path: Path) -> N
     folder = chain / "teacher" / "final"
     stage = make(parse(started(tmp_path / "run", chain)))
     assert isinstance(stage, TeacherStage)
-    encoder = CachedPromptEncoder(load_tokenizer(folder / "tokenizer"), load_text_encoder(folder / "text_encoder"))
+    encoder = CachedPromptEncoder(
+        load_tokenizer(folder / "tokenizer"), load_text_encoder(folder / "text_encoder")
+    )
     transformer = load_model(SanaTransformer2DModel, folder / "transformer")
     captions = ["a red square", "a green square on something unheard of"]
     x, s = torch.randn(2, 4, 4, 4), torch.tensor([0.2, 0.9])

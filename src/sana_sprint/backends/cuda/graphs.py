@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from sana_sprint.backends.weight_cache import all_modules, all_tensors
 from sana_sprint.models.transformer import CaptionContext, SanaTransformer2DModel, masked_bias
+from sana_sprint.torch_private import copy_all
 
 TOKENS = 32  # captions are padded to a multiple of this
 DEFAULT_LIMIT = 16  # graphs; they share the memory of what they compute, and hold their inputs
@@ -200,7 +201,7 @@ class _Call:
     recording: Any = None
 
     def fill(self, inputs: tuple[Tensor, ...]) -> None:
-        torch._foreach_copy_(list(self.places), list(inputs))
+        copy_all(self.places, inputs)
 
     def run(self) -> Tensor:
         return self.function(*self.places)
@@ -315,7 +316,7 @@ class _Step:
             return
         length = context.keys[0].shape[2]
         own = [place[:, :, :length] for place in (*self.context.keys, *self.context.values)]
-        torch._foreach_copy_(own, [*context.keys, *context.values])
+        copy_all(own, [*context.keys, *context.values])
         if self.context.bias is not None:
             self.context.bias.fill_(float("-inf"))
             self.context.bias[..., :length] = 0.0 if context.bias is None else context.bias
