@@ -13,7 +13,7 @@ import sys
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ class Toy:
 
     `die_at` kills the process, as nothing can be prepared for, in the loss of that step.
     """
+
+    kept: ClassVar[dict[str, nn.Module]] = {}
 
     def __init__(self, run: config.AnyRun, *, die_at: int | None = None) -> None:
         torch.manual_seed(run.seed)

@@ -196,6 +196,7 @@ def full_run(output: Path, teacher: Path, *, steps: int = 4) -> dict[str, Any]:
     run = hybrid_run(output, teacher, steps=steps, r1_weight=0.1)
     return {
         **run,
+        "twinflow": {},
         "matching": {"optimizer": {"warmup_steps": 0}},
         "trajectories": {"count": 24, "num_steps": 2},
     }

@@ -127,6 +127,7 @@ class Learner:
         return {
             "players": {name: player.state() for name, player in self.players.items()},
             "ema": self.first.whole(self.ema.weights),
+            "kept": {name: module.state_dict() for name, module in self.stage.kept.items()},
             "skipped_steps": self.skipped_steps,
             "bad_steps": self.bad_steps,
         }
@@ -136,6 +137,8 @@ class Learner:
         for name, player in self.players.items():
             player.load_state(state["players"][name])
         self.ema.load(state["ema"])
+        for name, module in self.stage.kept.items():
+            module.load_state_dict(state["kept"][name])
         self.skipped_steps, self.bad_steps = state["skipped_steps"], state["bad_steps"]
 
     def _gradients(self, step: int) -> tuple[float, Metrics]:

@@ -171,7 +171,7 @@ def test_a_student_that_is_its_teacher_is_right_about_paths_of_one_step(
     values = {**trajectories_run(tmp_path / "run", folder / "teacher" / "final"), "trajectories": path}
     if controlled:
         values = {**control_student_run(tmp_path / "run", folder), "trajectories": path}
-        del values["discriminator"], values["matching"]
+        del values["discriminator"], values["matching"], values["twinflow"]
         values["scm_weight"] = 0.0
     values["guidance_scales"] = [1.0]
     values["instruction_rate"] = 0.5

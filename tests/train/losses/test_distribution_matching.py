@@ -112,7 +112,7 @@ def test_three_players_take_turns_and_the_fake_model_learns_the_students_picture
 
 def test_matching_alone_reaches_every_part_of_the_student(tmp_path: Path) -> None:
     values = full_run(tmp_path, chain() / "teacher" / "final")
-    del values["discriminator"], values["trajectories"]
+    del values["discriminator"], values["trajectories"], values["twinflow"]
     values["matching"]["warmup_steps"] = 0
     stage = make(parse({**values, "scm_weight": 0.0}))
     # A fake model that knows better than the student, or both agree and nothing moves.

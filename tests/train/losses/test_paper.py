@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sana_sprint.train.losses import adversarial
 from sana_sprint.train.losses import scm as losses
 from sana_sprint.trigflow import add_noise
 
@@ -125,7 +126,7 @@ def test_hinge_losses_and_their_gradients() -> None:
     # All four kinds of logit: inside the margin, outside, and on either side of zero; more fakes than reals.
     real = torch.tensor([[-2.0, 0.3], [0.9, 1.7]], dtype=torch.float64, requires_grad=True)
     fake = torch.tensor([[-1.6, -0.2], [0.4, 2.5], [-3.0, -0.9]], dtype=torch.float64, requires_grad=True)
-    loss, metrics = losses.hinge_discriminator(real, fake)
+    loss, metrics = adversarial.hinge_discriminator(real, fake)
     by_hand = (3.0 + 0.7 + 0.1 + 0.0) / 4 + (0.0 + 0.8 + 1.4 + 3.5 + 0.0 + 0.1) / 6
     assert loss.item() == pytest.approx(by_hand / 2, rel=1e-12)
     for_real, for_fake = torch.autograd.grad(loss, [real, fake])
@@ -141,7 +142,7 @@ def test_hinge_losses_and_their_gradients() -> None:
     assert metrics["real_logit"] == pytest.approx(0.225)
     assert metrics["fake_logit"] == pytest.approx(-2.8 / 6)
 
-    generator = losses.hinge_generator(fake)
+    generator = adversarial.hinge_generator(fake)
     assert generator.item() == pytest.approx(2.8 / 6, rel=1e-12)
     (pull,) = torch.autograd.grad(generator, fake)
     # The same pull on every logit, also where the discriminator is sure: there it is needed most.
@@ -156,7 +157,7 @@ def test_r1_penalty_of_heads_whose_gradient_is_known() -> None:
     y.requires_grad_()
     a = torch.randn(D, dtype=torch.float64, requires_grad=True)
     logits = torch.cat([x @ a, y.square().sum(2) / 2], dim=1)
-    penalty = losses.r1_penalty(logits, [x, y])
+    penalty = adversarial.r1_penalty(logits, [x, y])
     expected = (B * N * a.square().sum() + y.square().sum()) / B
     assert penalty.item() == pytest.approx(expected.item(), rel=1e-6)  # squares are summed in fp32
     (gradient,) = torch.autograd.grad(penalty, a)

@@ -9,12 +9,14 @@ from sana_sprint.train.losses.base import Loss
 from sana_sprint.train.losses.distribution_matching import DistributionMatching
 from sana_sprint.train.losses.scm import SCM
 from sana_sprint.train.losses.trajectories import TrajectoryRegression
+from sana_sprint.train.losses.twinflow import TwinFlow
 
 LOSSES: dict[str, type[Loss]] = {
     "discriminator": Adversarial,
     "matching": DistributionMatching,
     "scm": SCM,
+    "twinflow": TwinFlow,
     "trajectories": TrajectoryRegression,
 }
 
-__all__ = ["LOSSES", "SCM", "Adversarial", "DistributionMatching", "Loss", "TrajectoryRegression"]
+__all__ = ["LOSSES", "SCM", "Adversarial", "DistributionMatching", "Loss", "TrajectoryRegression", "TwinFlow"]

@@ -27,6 +27,9 @@ class Loss:
     # Modules that this loss trains besides the student, by name. They take turns with the student, a step each.
     players: Mapping[str, nn.Module] = {}
 
+    # Modules without an optimiser that a checkpoint must hold, such as a moving average that is a target.
+    kept: Mapping[str, nn.Module] = {}
+
     # Facts about data that only this loss uses, see `stages.base.Stage.data`.
     facts: Mapping[str, str] = {}
 

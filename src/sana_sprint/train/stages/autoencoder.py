@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sana_sprint import backends
 from sana_sprint.images import grid, to_pil
@@ -30,7 +30,9 @@ _PARTS_AHEAD = 2
 
 
 class AutoencoderStage:
-    """See `stage.Stage`."""
+    """See `stages.base.Stage`."""
+
+    kept: Mapping[str, nn.Module] = {}
 
     def __init__(self, config: AutoencoderRun, *, report: Report) -> None:
         torch.manual_seed(config.seed)

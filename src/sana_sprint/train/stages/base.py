@@ -25,6 +25,10 @@ class Stage(Protocol):
         """The trained modules by name. The first is averaged, validated and exported with its average."""
 
     @property
+    def kept(self) -> Mapping[str, nn.Module]:
+        """Modules without an optimiser that a checkpoint must hold, by name."""
+
+    @property
     def data(self) -> Mapping[str, str]:
         """Facts about the data (mostly hashes) by name. A checkpoint resumes only with equal facts."""
 

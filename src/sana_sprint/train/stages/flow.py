@@ -43,6 +43,7 @@ class FlowStage:
     encoder: PromptEncoder
     embed: Embed
     players: dict[str, nn.Module]
+    kept: Mapping[str, nn.Module] = {}
 
     def __init__(
         self, config: TeacherRun | AdaptationRun | ControlTeacherRun, autoencoder: Path, *, report: Report

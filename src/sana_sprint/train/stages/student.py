@@ -174,6 +174,11 @@ class StudentStage:
         }
 
     @property
+    def kept(self) -> Mapping[str, nn.Module]:
+        """The modules that losses keep."""
+        return {name: each for loss in self.losses for name, each in loss.kept.items()}
+
+    @property
     def data(self) -> Mapping[str, str]:
         """The facts of the latents and of the losses."""
         facts = {name: fact for loss in self.losses for name, fact in loss.facts.items()}
