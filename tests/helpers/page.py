@@ -25,6 +25,7 @@ from sana_sprint.serve.app import create_app
 from sana_sprint.serve.engine.batch import ModelFacts
 from sana_sprint.serve.engine.job import Busy, ImageRequest, Job, Result
 from sana_sprint.serve.settings import Settings
+from sana_sprint.vocabulary import Vocabulary
 
 WAIT_S = 60.0  # far more than anything here takes; a test that hangs is to fail
 
@@ -69,6 +70,7 @@ class FakeEngine:
         self.requests: list[ImageRequest] = []
         self.jobs: list[Job] = []
         self.refusals = 0
+        self.vocabulary: Vocabulary | None = None
         self.most = 0
         self._submitted = threading.Semaphore(0)
         self._open = 0
@@ -123,7 +125,9 @@ class FakeEngine:
         if request.image is not None:
             picture = Image.fromarray(np.ascontiguousarray(request.image))
         size = Size(height, width, height, width)
-        job.finish(Result([picture], job.seeds, (1.5, 0.0), size, {}, request.guidance_scale, 0, "float32"))
+        untaught = self.vocabulary.untaught(request.prompt) if self.vocabulary else ()
+        scale = request.guidance_scale
+        job.finish(Result([picture], job.seeds, (1.5, 0.0), size, {}, scale, 0, "float32", untaught))
 
 
 # ----- the server -----------------------------------------------------------------------------------------------------

@@ -142,6 +142,13 @@ def test_formats_and_data_urls(http: httpx2.Client, output_format: str, kind: st
     again = http.post("/v1/images/generations", json={**body, "seed": answer["data"][0]["seed"]}).json()
     assert again["data"] == answer["data"]  # the seed that was drawn is told, and makes the same picture
     assert answer["timings"].keys() == {"queue", "text", "steps", "decode"}
+    assert answer["untaught_words"] == []
+
+
+def test_words_that_the_model_was_not_taught_are_named(http: httpx2.Client) -> None:
+    body = {"prompt": "a cat riding a bicycle, oil", "steps": 1}
+    answer = http.post("/v1/images/generations", json=body).json()
+    assert answer["untaught_words"] == ["riding", "oil"]
 
 
 # ----- what is refused ------------------------------------------------------------------------------------------------

@@ -108,6 +108,7 @@ def _images_response(job: Job, result: Result, fields: Generation, model: str) -
         "times": list(result.times),
         "guidance_scale": result.guidance_scale,
         "lost_prompt_tokens": result.lost_tokens,
+        "untaught_words": list(result.untaught_words),
         "timings": {stage: round(seconds, 4) for stage, seconds in result.timings.items()},
     }
 

@@ -15,6 +15,7 @@ from selenium.webdriver.remote.webdriver import WebDriver
 from sana_sprint.images import infotext, read_settings, save_png
 from sana_sprint.serve.engine.job import ImageRequest
 from sana_sprint.serve.settings import Settings
+from sana_sprint.vocabulary import Vocabulary
 from tests.helpers.page import FakeEngine, PageUser, browser, color_of, page_server
 
 PHONE = {"width": 320, "height": 640, "deviceScaleFactor": 1, "mobile": True}
@@ -68,6 +69,18 @@ def test_the_picture_follows_what_is_typed(user: PageUser) -> None:
         user.by_id("prompt").send_keys(Keys.CONTROL, "a", Keys.NULL, Keys.DELETE)
         assert user.by_id("notice").get_attribute("hidden")  # nothing to draw is no error
         assert len(engine.requests) <= drawn + 1
+
+
+def test_words_that_the_model_was_not_taught_are_named(user: PageUser) -> None:
+    engine = FakeEngine()
+    engine.vocabulary = Vocabulary.of(["a cat", "a bicycle"])
+    with page_server(engine) as address:
+        user.open(address)
+        rewrite(user, "a cat riding a bicycle")
+        user.wait_for(lambda: "not taught: riding." in user.by_id("notice").text)
+        rewrite(user, "a bicycle")
+        wait_for_prompt(user, engine, "a bicycle")
+        user.wait_for(lambda: not user.by_id("notice").is_displayed())
 
 
 def test_settings_reach_the_engine(user: PageUser) -> None:

@@ -87,6 +87,7 @@ def test_a_picture_comes_back_with_its_number_and_its_settings() -> None:
     assert settings is not None
     assert json.loads(header["texts"]["sana_sprint"]) == settings
     assert settings["prompt"] == "a cat"
+    assert header["untaught_words"] == []
 
 
 def test_a_sketch_reaches_the_engine() -> None:

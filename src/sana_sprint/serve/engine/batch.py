@@ -169,7 +169,7 @@ class _Batch:
 
     def result(self, job: Job) -> Result:
         assert self.output is not None  # a job that was not cancelled has been drawn
-        out = self.output
+        out, vocabulary = self.output, self.pipelines.text.vocabulary
         return Result(
             images=[self.pictures[job, i] for i in range(job.request.n)],
             seeds=job.seeds,
@@ -179,6 +179,7 @@ class _Batch:
             guidance_scale=self._guidance(job),
             lost_tokens=self.lost_tokens[job],
             dtype=out.dtype,
+            untaught_words=vocabulary.untaught(job.request.prompt) if vocabulary is not None else (),
         )
 
     @contextmanager

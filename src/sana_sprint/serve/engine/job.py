@@ -122,6 +122,7 @@ class Result:
     guidance_scale: None if the model has none.
     lost_tokens: how many tokens at the prompt's end were cut off.
     dtype: the transformer's, such as "bfloat16".
+    untaught_words: of the prompt, those that the model's vocabulary lacks; none if it has no vocabulary.
     """
 
     images: list[Image.Image]
@@ -132,6 +133,7 @@ class Result:
     guidance_scale: float | None
     lost_tokens: int
     dtype: str
+    untaught_words: tuple[str, ...] = ()
 
 
 # ----- the job --------------------------------------------------------------------------------------------------------

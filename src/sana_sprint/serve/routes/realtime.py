@@ -277,6 +277,7 @@ def _picture(wanted: _Wanted, job: Job, result: Result, model: str) -> tuple[dic
         "format": wanted.output_format,
         "texts": texts,
         "lost_prompt_tokens": result.lost_tokens,
+        "untaught_words": list(result.untaught_words),
         "timings": {stage: round(seconds, 4) for stage, seconds in result.timings.items()},
     }
     return header, encode(result.images[0], wanted.output_format, None, settings)

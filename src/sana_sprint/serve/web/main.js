@@ -142,11 +142,12 @@ async function onWelcome(header) {
   if (state.values.prompt === "") state.set({ prompt, seed, steps });
 }
 
-async function onPicture({ sequence, format, texts, lost_prompt_tokens: lost }, body) {
+async function onPicture({ sequence, format, texts, lost_prompt_tokens: lost, untaught_words: untaught }, body) {
   const changedAt = slot.settle(sequence);
   if (changedAt === null) return; // stale
   status.connection("live");
   if (lost > 0) status.notice(`The prompt is too long: its last ${lost} tokens were not used.`);
+  else if (untaught.length > 0) status.notice(`The model was not taught: ${untaught.join(", ")}.`);
   else status.clear();
   const entry = { texts, blob: new Blob([body], { type: `image/${format}` }) };
   const { prompt } = JSON.parse(texts[SETTINGS]);
