@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 import weakref
 from concurrent.futures import CancelledError
 from typing import Any
@@ -26,6 +27,13 @@ from tests.helpers.serve import WAIT_S, assert_close, emoji, result_of, running_
 
 POISON = 99.0  # a guidance scale that tests give to the request that is to fail
 SKETCH = np.full((20, 30, 3), 255, dtype=np.uint8)
+
+
+def wait_for_state(engine: Engine, state: str) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while engine.state != state:
+        assert time.monotonic() < deadline, f"the engine is {engine.state}, not {state}"
+        time.sleep(0.005)
 
 
 @pytest.mark.parametrize(
@@ -222,8 +230,7 @@ def test_an_idle_model_is_freed_and_comes_back() -> None:
 
     with running_engine(load, idle_unload_s=0.05) as engine:
         result_of(engine.submit(ImageRequest("a cat")))
-        with engine._changed:  # nothing else tells when it unloads
-            assert engine._changed.wait_for(lambda: engine.state == "unloaded", WAIT_S)
+        wait_for_state(engine, "unloaded")
         assert loaded[-1]() is None
         assert gc.get_freeze_count() == 0
         assert len(result_of(engine.submit(ImageRequest("a cat"))).images) == 1
@@ -261,8 +268,7 @@ def test_closing_finishes_what_is_queued_and_takes_nothing_new() -> None:
         jobs.append(engine.submit(ImageRequest("a dog", steps=2)))
         closing = threading.Thread(target=engine.close)
         closing.start()
-        with engine._changed:
-            assert engine._changed.wait_for(lambda: engine.state == "draining", WAIT_S)
+        wait_for_state(engine, "draining")
         with pytest.raises(Draining):
             engine.submit(ImageRequest("a cat"))
         network.go_on()
