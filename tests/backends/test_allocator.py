@@ -6,14 +6,15 @@ import sys
 import threading
 
 import pytest
+import torch
 
 from sana_sprint.backends.cpu import allocator
-from sana_sprint.backends.cpu.allocator import freed_memory_kept
+from sana_sprint.backends.cpu.allocator import MANY_PIXELS, freed_memory_kept, kept_while_drawing
 
 # In a process of its own: the test runner's heap has holes. Tensors above glibc's own 32 MiB, and what zeroing them cost.
 MEASURE = """
 import resource, torch
-from sana_sprint.backends.cpu.allocator import _glibc, freed_memory_kept
+from sana_sprint.backends.cpu.allocator import glibc, freed_memory_kept
 torch.set_num_threads(1)
 def faults(kept):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -27,9 +28,9 @@ def resident():
 faults(False)
 start = resident()
 print(faults(False), faults(True), resident() - start)
-print(_glibc() is not None)
+print(glibc() is not None)
 """
-has_glibc = pytest.mark.skipif(allocator._glibc() is None, reason="needs glibc, with its own settings")
+has_glibc = pytest.mark.skipif(allocator.glibc() is None, reason="needs glibc, with its own settings")
 
 
 def measure(**environment: str) -> tuple[list[int], bool]:
@@ -62,17 +63,27 @@ def test_an_allocator_that_was_set_up_is_left_alone(name):
     assert kept == pytest.approx(usual, rel=0.1)
 
 
-def test_calls_beside_each_other_end_together(monkeypatch):
-    calls = []
+class Library:
+    """A stand-in for glibc that notes what it is asked for."""
 
-    class Library:
-        def mallopt(self, parameter, value):
-            calls.append((parameter, value))
+    def __init__(self):
+        self.calls = []
 
-        def malloc_trim(self, pad):
-            calls.append("trim")
+    def mallopt(self, parameter, value):
+        self.calls.append((parameter, value))
 
-    monkeypatch.setattr(allocator, "_glibc", Library)
+    def malloc_trim(self, pad):
+        self.calls.append("trim")
+
+
+@pytest.fixture
+def library(monkeypatch):
+    library = Library()
+    monkeypatch.setattr(allocator, "glibc", lambda: library)
+    return library
+
+
+def test_calls_beside_each_other_end_together(library):
     entered, leave = threading.Event(), threading.Event()
 
     def other():
@@ -84,21 +95,26 @@ def test_calls_beside_each_other_end_together(monkeypatch):
     with freed_memory_kept():
         thread.start()
         assert entered.wait(10)
-        assert len(calls) == 2  # the first of them alone
-    assert len(calls) == 2  # the other is not done
+        assert len(library.calls) == 2  # the first of them alone
+    assert len(library.calls) == 2  # the other is not done
     leave.set()
     thread.join()
-    assert len(calls) == 5
-    assert calls[-1] == "trim"
+    assert len(library.calls) == 5
+    assert library.calls[-1] == "trim"
     with freed_memory_kept(False):
-        assert len(calls) == 5
+        assert len(library.calls) == 5
 
 
-def test_an_error_ends_it(monkeypatch):
-    trimmed = []
-    monkeypatch.setattr(allocator, "_leave", trimmed.append)
-    monkeypatch.setattr(allocator, "_enter", lambda library: None)
-    monkeypatch.setattr(allocator, "_glibc", object)
+def test_an_error_ends_it(library):
     with pytest.raises(ValueError, match="within"), freed_memory_kept():
         raise ValueError("within")
-    assert len(trimmed) == 1
+    assert library.calls[-1] == "trim"
+
+
+@pytest.mark.parametrize(
+    ("device", "pixels", "is_kept"),
+    [("cpu", MANY_PIXELS, True), ("cpu", MANY_PIXELS - 1, False), ("cuda", MANY_PIXELS, False)],
+)
+def test_it_is_for_large_pictures_on_a_cpu(library, device, pixels, is_kept):
+    with kept_while_drawing(torch.device(device), pixels):
+        assert bool(library.calls) == is_kept

@@ -35,7 +35,7 @@ def freed_memory_kept(enabled: bool = True) -> Iterator[None]:
     are first touched: 0.4 ms a MiB here, or a twentieth of a decode at 1024 px. Does nothing without glibc, nor where the
     environment sets its allocator up. The thresholds are the process's, not the thread's.
     """
-    library = _glibc() if enabled else None
+    library = glibc() if enabled else None
     if library is None:
         yield
         return
@@ -66,7 +66,8 @@ def _leave(library: ctypes.CDLL) -> None:
 
 
 @cache
-def _glibc() -> ctypes.CDLL | None:
+def glibc() -> ctypes.CDLL | None:
+    """The C library, if it is glibc with its own settings."""
     if any(name in os.environ for name in _SETTINGS):
         return None
     try:
