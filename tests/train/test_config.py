@@ -16,6 +16,8 @@ from tests.helpers.training import (
     FIELDS_READ,
     adaptation_run,
     chain,
+    control_student_run,
+    full_run,
     parse,
     reads,
     silent,
@@ -69,6 +71,12 @@ def test_every_field_has_an_effect(tmp_path: Path) -> None:
     student: dict[str, Any] = student_run(tmp_path / "alone", folder / "teacher" / "final", steps=1)
     train(student)
     train(adaptation_run(tmp_path / "adapted", folder / "teacher" / "final", steps=1))
+    # In place of [matching], which both runs of the chain have.
+    full = full_run(tmp_path / "weighed", folder / "teacher" / "final", steps=3)
+    control = control_student_run(tmp_path / "control-weighed", folder, steps=3)
+    for values in (full, control):
+        values["f_divergence"] = values.pop("matching")
+        train(values)
     for optimizer in (
         "muon",
         "came",

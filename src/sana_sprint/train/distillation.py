@@ -30,6 +30,7 @@ from sana_sprint.trigflow import (
 
 if TYPE_CHECKING:
     from sana_sprint.train.config import StudentRun
+    from sana_sprint.train.losses.base import Loss
     from sana_sprint.train.stages.captions import Embed
 
 SEED_STRIDE = 1_000_003  # a prime between the seeds of a run's trajectories
@@ -81,7 +82,8 @@ class Samples:
 class Distillation:
     """A run's configuration, data and models, with the operations that several losses share.
 
-    `student` is set once the losses with random initial weights are made, so that these do not depend on it.
+    `student` is set once the losses with random initial weights are made, so that these do not depend on it. `losses` are those
+    made so far, for a loss that builds on another.
     """
 
     student: Student
@@ -103,6 +105,7 @@ class Distillation:
         self.embed = embed
         self.device = device
         self.report = report
+        self.losses: list[Loss] = []
         self._autocast = autocast
         for model in (models.teacher, models.student):
             self.prepare(model)

@@ -7,6 +7,7 @@ Losses on the student's own pictures come first: of their computations only the 
 from sana_sprint.train.losses.adversarial import Adversarial
 from sana_sprint.train.losses.base import Loss
 from sana_sprint.train.losses.distribution_matching import DistributionMatching
+from sana_sprint.train.losses.f_divergence import FDivergenceMatching
 from sana_sprint.train.losses.scm import SCM
 from sana_sprint.train.losses.trajectories import TrajectoryRegression
 from sana_sprint.train.losses.twinflow import TwinFlow
@@ -14,9 +15,19 @@ from sana_sprint.train.losses.twinflow import TwinFlow
 LOSSES: dict[str, type[Loss]] = {
     "discriminator": Adversarial,
     "matching": DistributionMatching,
+    "f_divergence": FDivergenceMatching,
     "scm": SCM,
     "twinflow": TwinFlow,
     "trajectories": TrajectoryRegression,
 }
 
-__all__ = ["LOSSES", "SCM", "Adversarial", "DistributionMatching", "Loss", "TrajectoryRegression", "TwinFlow"]
+__all__ = [
+    "LOSSES",
+    "SCM",
+    "Adversarial",
+    "DistributionMatching",
+    "FDivergenceMatching",
+    "Loss",
+    "TrajectoryRegression",
+    "TwinFlow",
+]

@@ -7,6 +7,7 @@ is mode-seeking.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -36,6 +37,9 @@ class MatchingConfig(Section):
     time_mean: float = 0.0
     time_std: float = Field(default=1.2, gt=0)
     optimizer: OptimizerConfig
+
+
+Weigh = Callable[[Tensor, Tensor], Tensor]
 
 
 class DistributionMatching(Loss):
@@ -74,19 +78,28 @@ class DistributionMatching(Loss):
         """The `fake_model_loss` of the student's pictures."""
         return self.fake_model_loss(batch.fake, batch.velocity(self.fake_model)), {}
 
-    def student_loss(self, fake: Tensor, teacher: Velocity, fake_model: Velocity) -> Tensor:
+    def student_loss(
+        self, fake: Tensor, teacher: Velocity, fake_model: Velocity, *, weigh: Weigh | None = None
+    ) -> Tensor:
         """Half the squared norm of `direction`, mean over samples; its gradient by the pictures is the direction.
 
         Args:
             fake: the student's pictures (B,C,H,W), with gradients.
             teacher: guided.
             fake_model: with the same conditions.
+            weigh: factors of the samples (B,) from the noised pictures and their flow times (B,).
         """
         with torch.no_grad():
             flow_t = self.draw_times(fake)
-            toward = direction(fake.float(), torch.randn_like(fake), flow_t, teacher, fake_model)
+            noise = torch.randn_like(fake)
+            toward = direction(fake.float(), noise, flow_t, teacher, fake_model)
         moved = (fake - toward).detach()
-        return (fake - moved).square().flatten(1).sum(1).mean() / 2
+        squares = (fake - moved).square().flatten(1).sum(1)
+        if weigh is not None:
+            with torch.no_grad():
+                s = expand_like(flow_t, fake)
+                squares = squares * weigh((1 - s) * fake + s * noise, flow_t)
+        return squares.mean() / 2
 
     def fake_model_loss(self, fake: Tensor, fake_model: Velocity) -> Tensor:
         """Flow matching on the student's pictures (B,C,H,W)."""

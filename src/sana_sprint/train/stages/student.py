@@ -237,8 +237,10 @@ class StudentStage:
 def make_losses(distillation: Distillation) -> list[Loss]:
     """The losses that the run asks for, in the order of `losses.LOSSES`."""
     sections = distillation.config.sections()
-    made = [loss.make(distillation, sections.get(name)) for name, loss in LOSSES.items()]
-    return [loss for loss in made if loss is not None]
+    for name, loss in LOSSES.items():
+        if (made := loss.make(distillation, sections.get(name))) is not None:
+            distillation.losses.append(made)
+    return distillation.losses
 
 
 def sprint_index(tokenizer_class: str) -> ModelIndex:
