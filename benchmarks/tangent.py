@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sana_sprint import backends
+from sana_sprint.backends.explicit_attention import set_fused_attention
 from sana_sprint.models.transformer import CaptionContext, SanaTransformer2DModel, TransformerConfig
 from sana_sprint.train.losses.tangent import WAYS, TangentKind
 from sana_sprint.trigflow import flow_denoiser, lognormal_times
@@ -88,7 +89,7 @@ def measure(shape: str, arguments: argparse.Namespace) -> dict[str, dict[str, fl
     for parameter in transformer.parameters():
         if parameter.ndim > 1:  # of fan-in scale, so that F depends on every layer
             parameter.normal_(0, parameter[0].numel() ** -0.5)
-    transformer.set_fused_attention(False)  # as the student stage does on a CPU, where it is faster
+    set_fused_attention(transformer.blocks, False)  # as the student stage does on a CPU, where it is faster
     torch.empty(
         31 * 2**18
     )  # 31 MiB: from now on glibc keeps freed blocks of that size, as it does in training

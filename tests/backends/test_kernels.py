@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from sana_sprint import backends
 from sana_sprint.backends.cpu import subpixel
 from sana_sprint.backends.cuda import device
+from sana_sprint.backends.explicit_attention import set_fused_attention
 from sana_sprint.models.autoencoder import AutoencoderConfig, AutoencoderDC
 from sana_sprint.models.dc_blocks import ChannelRMSNorm, ResBlock
 from sana_sprint.models.layers import GatedConvFeedForward, LinearSelfAttention, RMSNorm, modulate
@@ -188,7 +189,7 @@ def test_where_kernels_do_not_apply_the_plain_path_runs(case, monkeypatch):
     model = tiny_model("biases_and_affine" if case == "affine" else "sprint")
     if case == "fp64":
         model = model.double()
-    model.set_fused_attention(case != "plain attention")
+    set_fused_attention(model.blocks, case != "plain attention")
     arguments = inputs(model)
     plain = copy.deepcopy(model)
     backends.use_kernels(model)

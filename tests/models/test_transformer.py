@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sana_sprint import backends
+from sana_sprint.backends.explicit_attention import set_fused_attention
 from sana_sprint.models.layers import grid_positions, linear_attention, sinusoid
 from sana_sprint.models.transformer import CaptionContext, SanaTransformer2DModel, TransformerConfig
 from tests.helpers.models import PUBLISHED_TRANSFORMERS, TRANSFORMERS, tiny_transformer, transformer_inputs
@@ -101,7 +102,7 @@ def test_repeat_keeps_the_copies_of_a_caption_together() -> None:
 @torch.no_grad()
 def test_dropping_masked_tokens_equals_masking_them(fused: bool) -> None:
     model = tiny_transformer()
-    model.set_fused_attention(fused)
+    set_fused_attention(model.blocks, fused)
     inputs = transformer_inputs(model.config, batch=1)  # its caption keeps 3 of 7 tokens
     dropped = {**inputs, "text": inputs["text"][:, :3], "text_mask": inputs["text_mask"][:, :3]}
     torch.testing.assert_close(evaluate(model, dropped), evaluate(model, inputs), **SAME_UP_TO_ROUNDING)
@@ -123,7 +124,7 @@ def test_explicit_attention_equals_fused() -> None:
     model = tiny_transformer()
     inputs = transformer_inputs(model.config)
     fused = evaluate(model, inputs)
-    model.set_fused_attention(False)
+    set_fused_attention(model.blocks, False)
     torch.testing.assert_close(evaluate(model, inputs), fused, **SAME_UP_TO_ROUNDING)
 
 
@@ -260,7 +261,7 @@ def test_feed_forward_reads_tokens_as_channels_last(put_on: Callable[[Any], Any]
 @pytest.mark.parametrize("name", ["sprint", "plain"])
 def test_jvp_equals_central_differences(name: str) -> None:
     model = tiny_transformer(name).double()
-    model.set_fused_attention(False)
+    set_fused_attention(model.blocks, False)
     inputs = {
         k: v.double() if v.is_floating_point() else v for k, v in transformer_inputs(model.config).items()
     }

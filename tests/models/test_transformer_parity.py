@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sana_sprint.backends.explicit_attention import set_fused_attention
 from sana_sprint.models.transformer import SanaTransformer2DModel, TransformerConfig
 from tests.helpers.models import PUBLISHED_TRANSFORMERS, TRANSFORMERS, randomize, transformer_inputs
 
@@ -66,7 +67,7 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
 @torch.no_grad()
 def test_outputs_equal(name: str, grid: tuple[int, int], masked: bool, fused: bool) -> None:
     reference, ours = pair(TRANSFORMERS[name])
-    ours.set_fused_attention(fused)
+    set_fused_attention(ours.blocks, fused)
     inputs = transformer_inputs(ours.config, batch=3, grid=grid)
     expected = run_reference(reference, inputs, masked=masked)
     actual = run_ours(ours, inputs, masked=masked)

@@ -234,11 +234,6 @@ class SanaControlNetModel(nn.Module):
         """The copies of the transformer's blocks, typed."""
         return typed_blocks(self.transformer_blocks)
 
-    def set_fused_attention(self, fused: bool) -> None:
-        """As the transformer's."""
-        for block in self.blocks:
-            block.attn2.fused = fused
-
     def check_transformer(self, transformer: SanaTransformer2DModel) -> None:
         """Raise ValueError unless the branch's residuals and, if it borrows embeddings, these fit the transformer."""
         _check_depth(self.config.num_layers, transformer)

@@ -241,16 +241,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return numerator / (denominator + LINEAR_ATTENTION_EPS)
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """Plain softmax attention in fp32, from operations that forward-mode differentiation knows; (B,K,N,E)."""
-    wide = wide_dtype(q)
-    with autocast_off(q.device):
-        scores = (q.to(wide) * q.shape[-1] ** -0.5) @ k.to(wide).transpose(-1, -2)  # (B,K,N,L)
-        if bias is not None:
-            scores = scores + bias.to(wide)
-        return torch.softmax(scores, dim=-1) @ v.to(wide)
-
-
 class _Attention(nn.Module):
     """Projections and norms that both kinds of attention have, under the checkpoint's names."""
 
@@ -288,12 +278,7 @@ class LinearSelfAttention(_Attention):
 
 
 class CrossAttention(_Attention):
-    """Attention of image tokens to a caption whose keys and values were computed before, once for all steps.
-
-    `fused` chooses the fused kernel; False runs plain fp32 operations, which `torch.func.jvp` can pass through.
-    """
-
-    fused: bool = True
+    """Attention of image tokens to a caption whose keys and values were computed before, once for all steps."""
 
     def encode(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Caption (B,L,D) -> keys and values, each (B,K,L,E)."""
@@ -302,12 +287,12 @@ class CrossAttention(_Attention):
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         q = split_heads(self.norm_q(self.to_q(x)), self.num_heads)
-        if self.fused:
-            mask = None if bias is None else bias.to(k.dtype)
-            out = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=mask)
-        else:
-            out = softmax_attention(q, k, v, bias)
-        return self.project_out(merge_heads(out))
+        return self.project_out(merge_heads(self.attend(q, k, v, bias)))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        """Softmax attention of queries (B,K,N,E)."""
+        mask = None if bias is None else bias.to(k.dtype)
+        return F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=mask)
 
 
 # --- Feed-forward ------------------------------------------------------------------------------------------------

@@ -211,11 +211,6 @@ class SanaTransformer2DModel(nn.Module):
         """The transformer blocks, typed."""
         return typed_blocks(self.transformer_blocks)
 
-    def set_fused_attention(self, fused: bool) -> None:
-        """True (default): fused cross-attention kernels. False: plain fp32 ones that `torch.func.jvp` can go through."""
-        for block in self.blocks:
-            block.attn2.fused = fused
-
     def grid(self, latent: Tensor) -> tuple[int, int]:
         """(H,W), the tokens of a latent (B,C,H*p,W*p)."""
         patch = self.config.patch_size

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
+from sana_sprint.backends.explicit_attention import set_fused_attention
 from sana_sprint.models.text_encoder import PromptEmbeddings
 from sana_sprint.models.transformer import CaptionContext
 from sana_sprint.train.cache.latents import LatentCache
@@ -115,7 +116,7 @@ class Distillation:
         # The teacher's too: the adversarial loss is differentiated through it.
         model.gradient_checkpointing = self.config.gradient_checkpointing
         # On a CPU the fused kernel's backward pass is slower than the plain one (docs/log.md).
-        model.set_fused_attention(self.device.type != "cpu")
+        set_fused_attention(model.blocks, self.device.type != "cpu")
 
     @torch.no_grad()
     def samples(self, order: Tensor) -> Samples:

@@ -2,6 +2,7 @@
 
 import torch
 
+from sana_sprint.backends.explicit_attention import set_fused_attention
 from sana_sprint.models.transformer import SanaTransformer2DModel, TransformerConfig
 from sana_sprint.train.losses import scm as losses
 from sana_sprint.trigflow import Denoiser, flow_denoiser
@@ -26,7 +27,7 @@ def central_difference(
 
 def test_tangent_equals_central_differences_for_a_whole_transformer() -> None:
     model = SanaTransformer2DModel(TransformerConfig(**TRANSFORMERS["sprint"])).double()
-    model.set_fused_attention(False)
+    set_fused_attention(model.blocks, False)
     channels = model.config.in_channels
     context = model.encode_caption(torch.randn(B, 5, model.config.caption_channels, dtype=torch.float64))
     guidance = torch.tensor([4.0, 4.5, 5.0], dtype=torch.float64)

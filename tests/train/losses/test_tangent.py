@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from sana_sprint.backends.explicit_attention import has_fused_attention, set_fused_attention
 from sana_sprint.models.transformer import CaptionContext, SanaTransformer2DModel
 from sana_sprint.train.losses import forward_mode as dual
 from sana_sprint.train.losses import scm as losses
@@ -48,7 +49,7 @@ def assert_transform_equals_forward_mode(model: SanaTransformer2DModel, **sizes:
     latent, time = inputs["latent"].double(), inputs["timestep"].double()
     direction = torch.randn_like(latent), torch.randn_like(time)
     guidance = inputs["guidance"].double() if model.config.guidance_embeds else None
-    model.set_fused_attention(False)
+    set_fused_attention(model.blocks, False)
     with torch.no_grad():
         context = model.encode_caption(inputs["text"].double(), inputs["text_mask"])
         expected = torch.func.jvp(lambda x, s: model(x, s, context, guidance), (latent, time), direction)
@@ -136,7 +137,7 @@ def rules() -> dict[str, Callable[[], Rule]]:
 
     def block() -> Rule:
         layer, context = sprint_block(), context_of_block()
-        layer.attn2.fused = False
+        set_fused_attention([layer], False)
         points = [random(B, N, D), random(B, 6, D)]
         return (
             lambda x, m: layer(x, m, *context, GRID),
@@ -150,7 +151,7 @@ def rules() -> dict[str, Callable[[], Rule]]:
 
     def cross_attention() -> Rule:
         layer, context = sprint_block().attn2, context_of_block()
-        layer.fused = False
+        set_fused_attention([layer], False)
         return (
             lambda x: layer(x, *context),
             lambda x: dual.cross_attention(layer, x, *context),
@@ -265,8 +266,8 @@ def test_half_precision_weights_run_as_in_the_model() -> None:
 def test_every_kind_is_the_scaled_tangent(kind: tangent.TangentKind, tolerance: float) -> None:
     model, context, u, t, teacher_F, _, guidance = wrapped_inputs(tiny_transformer("sprint"), torch.float32)
     result = tangent.make_tangent(kind)(model, context, u, t, teacher_F, guidance)
-    assert all(block.attn2.fused for block in model.blocks)  # forward mode puts the kernels back
-    model.set_fused_attention(False)
+    assert all(has_fused_attention(block) for block in model.blocks)  # forward mode puts the kernels back
+    set_fused_attention(model.blocks, False)
     student = flow_denoiser(lambda x, s: model(x, s, context, guidance))
     assert relative(result, losses.scaled_tangent(student, u, t, teacher_F)) < tolerance
     assert result.dtype == torch.float32

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from sana_sprint.backends.explicit_attention import set_fused_attention
 from sana_sprint.models.autoencoder import AutoencoderDC
 from sana_sprint.models.controlnet import SanaControlNetModel
 from sana_sprint.models.transformer import SanaTransformer2DModel
@@ -92,7 +93,7 @@ def test_the_dual_pass_is_differentiated_through_the_branch(topology: str, branc
     h = 1e-6
     with torch.no_grad():
         actual = dual.transform(model, *map(Dual, point, direction), context, guidance)
-        model.set_fused_attention(False)
+        set_fused_attention(model.blocks, False)
         expected = torch.func.jvp(lambda x, s: model(x, s, context, guidance), point, direction)
         ahead, behind = (
             model(*(p + step * d for p, d in zip(point, direction, strict=True)), context, guidance)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from sana_sprint.backends.cuda import device
 from sana_sprint.backends.cuda.device import DTYPES, LARGEST_HEAD_DIM, on_device
+from sana_sprint.backends.explicit_attention import has_fused_attention
 from sana_sprint.backends.swap import Classes
 from sana_sprint.models import transformer
 from sana_sprint.models.layers import (
@@ -40,7 +41,7 @@ def applies(block: transformer.SanaTransformerBlock, x: Tensor) -> bool:
         and x.dtype in DTYPES
         and x.dtype == block.scale_shift_table.dtype == product_dtype(block.scale_shift_table)
         and not block.norm2.elementwise_affine
-        and block.attn2.fused
+        and has_fused_attention(block)
         and x.shape[-1] <= LARGEST_HEAD_DIM * block.attn1.num_heads
         and device.runs_on(x.device)
     )

@@ -193,7 +193,7 @@ def self_attention(layer: LinearSelfAttention, x: Dual) -> Dual:
 
 
 def cross_attention(layer: CrossAttention, x: Dual, key: Tensor, value: Tensor, bias: Tensor | None) -> Dual:
-    """In fp32 whatever `layer.fused` says: fused kernels keep no probabilities, which the tangent is made of."""
+    """In fp32, whatever the layer's class: fused kernels keep no probabilities, which the tangent is made of."""
     q = rms_norm(layer.norm_q, linear(x, layer.to_q.weight, layer.to_q.bias))
     q = q.map(lambda half: split_heads(half, layer.num_heads))
     return project_out(layer, softmax_attention(q, key, value, bias).map(merge_heads))

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sana_sprint.backends.explicit_attention import has_fused_attention, set_fused_attention
 from sana_sprint.models.controlnet import ControlContext
 from sana_sprint.models.layers import autocast_off
 from sana_sprint.models.transformer import CaptionContext
@@ -110,13 +111,13 @@ def value_and_tangent_by_jvp(
     guidance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `value_and_tangent`, by forward-mode automatic differentiation."""
-    fused = transformer.blocks[0].attn2.fused
-    transformer.set_fused_attention(False)  # torch has no forward-mode rule for the fused kernel
+    fused = has_fused_attention(transformer.blocks[0])
+    set_fused_attention(transformer.blocks, False)  # torch has no forward-mode rule for the fused kernel
     try:
         with torch.no_grad():
             F, dF = torch.func.jvp(_denoiser(transformer, context, guidance), (u, t), (du, dt))[:2]
     finally:
-        transformer.set_fused_attention(fused)
+        set_fused_attention(transformer.blocks, fused)
     return F, dF
 
 

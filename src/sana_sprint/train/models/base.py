@@ -42,8 +42,6 @@ class FlowModel(Protocol):
 
     def embed_time(self, timestep: Tensor, guidance: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
 
-    def set_fused_attention(self, fused: bool) -> None: ...
-
 
 def velocity_of(transformer: FlowModel, context: CaptionContext, guidance: Tensor | None = None) -> Velocity:
     """The transformer as a function of noisy latents and flow time in [0,1], with these captions and guidance scales (B,)."""

@@ -77,11 +77,6 @@ class ControlledTransformer:
     def gradient_checkpointing(self, on: bool) -> None:
         self.transformer.gradient_checkpointing = self.controlnet.gradient_checkpointing = on
 
-    def set_fused_attention(self, fused: bool) -> None:
-        """As the transformer's."""
-        self.transformer.set_fused_attention(fused)
-        self.controlnet.set_fused_attention(fused)
-
     def embed_time(self, timestep: Tensor, guidance: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As the transformer's."""
         return self.transformer.embed_time(timestep, guidance)
