@@ -317,5 +317,5 @@ def prompts(record: Record) -> None:
         with torch.set_grad_enabled(grad):
             made = encoder.encode(texts, complex_human_instruction=["Draw it.", "User: "])
             record.note(f"gradients {grad}", [made.embeds, made.mask])
-            record.note(f"gradients {grad}: counts", [made.num_tokens, made.lost_tokens])
+            record.note(f"gradients {grad}: counts", [made.truncated, made.num_tokens, made.lost_tokens])
     record.note("repeated", pipe.encode_prompt("a star", num_images_per_prompt=3))
