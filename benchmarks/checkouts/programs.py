@@ -73,7 +73,8 @@ def command_control(record: Record) -> None:
 
 @item("command/info")
 def command_info(record: Record) -> None:
-    record.note("emoji", json.loads(succeed("info", "emoji", "--json")))
+    for name, value in json.loads(succeed("info", "emoji", "--json")).items():
+        record.note(name, value)
 
 
 @item("command/export")
