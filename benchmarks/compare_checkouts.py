@@ -201,9 +201,10 @@ def report(rows: list[dict[str, Any]]) -> None:
     print("| item | outputs | s old | s new | |\n|---|---|---|---|---|")
     for row in rows:
         old, new = row["seconds"]
-        print(
-            f"| {row['item']} | {row['outputs']} | {old:.1f} | {new:.1f} | {row['difference'] or 'equal'} |"
+        verdict = row["difference"] or (
+            "equal" if not row["allowed"] else f"equal but for {row['allowed']} allowed"
         )
+        print(f"| {row['item']} | {row['outputs']} | {old:.1f} | {new:.1f} | {verdict} |")
     different = [row for row in rows if row["difference"]]
     outputs = sum(row["outputs"] for row in rows)
     print(
