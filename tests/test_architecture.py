@@ -181,6 +181,18 @@ def test_files_and_functions_stay_short(name):
             assert length < MAX_FUNCTION_LINES, f"{name}.{node.name} is too long"
 
 
+def test_docstrings_begin_with_a_verb_or_a_noun():
+    """A clause such as "What is drawn" makes the reader find the noun that it stands for."""
+    for name in tracked_files():
+        if name.endswith(".py"):
+            for node in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                    first = (ast.get_docstring(node) or "").partition(" ")[0]
+                    assert first not in {"What", "Who", "Where", "Which"}, (
+                        f"{name}: {ast.get_docstring(node)}"
+                    )
+
+
 def test_public_names_are_sorted_and_importable():
     assert sana_sprint.__all__ == sorted(sana_sprint.__all__)
     assert set(sana_sprint._HOME) | {"__version__"} == set(sana_sprint.__all__) <= set(dir(sana_sprint))

@@ -1,1 +1,1 @@
-"""What `compare_checkouts.py` runs in each checkout: items that note their outputs, and measurements of speed."""
+"""Items that `compare_checkouts.py` runs in each checkout, with their outputs, and measurements of speed."""

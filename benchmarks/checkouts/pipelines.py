@@ -106,7 +106,7 @@ def embedded_memory(record: Record) -> None:
 
 @item("embedded/callback")
 def embedded_callback(record: Record) -> None:
-    """What a callback sees, and what it changes."""
+    """Tensors that a callback receives, and their changes."""
     pipe = emoji()
 
     def change(_: Any, step: int, t: float, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -220,7 +220,7 @@ def _stand_in_annotators() -> None:
 
 @item("control/kinds")
 def control_kinds(record: Record) -> None:
-    """What the model sees of every kind of picture."""
+    """Conditions of every kind from one picture."""
     _stand_in_annotators()
     pipe = quiet(SanaSprintControlNetPipeline.from_pretrained("emoji"))
     settings: list[tuple[str | None, int | None]] = [(None, None), ("scribble", None), ("scribble", 1)]

@@ -132,7 +132,7 @@ def command(*words: object) -> tuple[int, str]:
 
 
 def succeed(*words: object) -> str:
-    """What `command` prints; RuntimeError if it fails."""
+    """Returns the output of `command`; RuntimeError if it fails."""
     code, out = command(*words)
     if code:
         raise RuntimeError(f"sana-sprint {' '.join(map(str, words))} ended with {code}")

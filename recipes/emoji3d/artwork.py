@@ -34,7 +34,7 @@ _MIN_COLORED = (
 
 
 def data_folder() -> Path:
-    """Where the fetched files lie: the environment variable EMOJI3D_DATA, or data/emoji3d."""
+    """The folder of the fetched files: the environment variable EMOJI3D_DATA, or data/emoji3d."""
     return Path(os.environ.get("EMOJI3D_DATA", "data/emoji3d"))
 
 

@@ -1,4 +1,4 @@
-"""Which background a picture has, of all that the world can draw."""
+"""Finds the background of a picture among all that the world can draw."""
 
 from __future__ import annotations
 

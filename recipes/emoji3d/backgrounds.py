@@ -33,7 +33,7 @@ _PERIODS = (4, 5, 6)  # repetitions across the picture
 
 @dataclass(frozen=True, slots=True)
 class Background:
-    """What is behind the objects.
+    """The background behind the objects.
 
     `pattern` is None for one plain colour, and then `second` is None too. `variant` is the mask's number among the
     pattern's (direction, period, phase): captions leave it open.

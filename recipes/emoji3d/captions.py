@@ -119,7 +119,7 @@ def describe(
 
 
 def must_name(task: str) -> tuple[str, ...]:
-    """What captions of the evaluation name, so that they ask for the task: see `describe`."""
+    """The parts that captions of the evaluation name, so that they ask for the task: see `describe`."""
     named = {
         "single": "background",
         "position": "relation",

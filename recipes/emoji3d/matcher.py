@@ -44,7 +44,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where the wanted things are in a picture, `error` the squared error that is left, and `leftover` its worst patch.
+    """The places of the wanted things in a picture, `error` the squared error that is left, and `leftover` its worst patch.
 
     `canvas` is the picture that the things and the background make, fp32 (3,SIDE,SIDE) in [0,1]; `leftover` in
     levels. `behind` has, for each thing, what the canvas was before it.
@@ -172,7 +172,7 @@ def _best(
 
 
 def _free(taken: Sequence[_Spot], device: torch.device) -> Tensor:
-    """Which coarse centres (Z,S,S) are far enough from the things that are placed already."""
+    """Masks the coarse centres (Z,S,S) that are far enough from the things placed already."""
     free = torch.ones(len(_SIZES), _COARSE, _COARSE, dtype=torch.bool, device=device)
     y, x = torch.meshgrid(*[torch.arange(_COARSE, device=device)] * 2, indexing="ij")
     for spot in taken:

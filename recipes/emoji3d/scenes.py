@@ -40,7 +40,7 @@ _VISIBLE_LEVELS = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What a thing looks like: its concept, another hue or None, and "small", "big" or None for any size."""
+    """The look of a thing: its concept, another hue or None, and "small", "big" or None for any size."""
 
     concept: Concept
     hue: str | None = None
@@ -59,7 +59,7 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What a picture shows.
+    """The content of a picture.
 
     `relation` is one of `RELATIONS` between the first two things, "between" for the first among three, one of
     `CORNERS` for a single thing, or None. Equal kinds follow each other.
@@ -102,7 +102,7 @@ def sample_scene(
 
 
 def combinations(scene: Scene) -> list[tuple[object, ...]]:
-    """What a scene combines, the one that its task is about first.
+    """The combination of a scene, the one that its task is about first.
 
     A thing and what is behind it (of single things), a thing and its hue, a thing and its number, and two things.
     """

@@ -116,7 +116,7 @@ def saved(folder: Path) -> dict[str, Tensor]:
         return {name: torch.as_tensor(value)}
 
     content = torch.load(checkpoint.checkpoints(folder)[-1], weights_only=True)
-    return flat(content["learner"], "")
+    return flat(content["trainer"], "")
 
 
 def assert_same(one: Path, other: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a call of the ControlNet pipeline does with its picture; everything else is the text pipeline's own code."""
+"""Calls of the ControlNet pipeline: its pictures; everything else is the text pipeline's own code."""
 
 from __future__ import annotations
 

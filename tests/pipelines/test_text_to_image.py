@@ -1,4 +1,4 @@
-"""What a call of the pipeline does. Numbers against the published pipeline are in test_pipeline_parity.py."""
+"""Calls of the pipeline. Numbers against the published pipeline are in test_parity.py."""
 
 import inspect
 import logging

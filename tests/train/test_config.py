@@ -1,4 +1,4 @@
-"""What a run's TOML file may say: recipes are valid, mistakes are named, and no field is without effect."""
+"""Stage files: recipes are valid, mistakes are named, and no field is without effect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the loop promises of every stage, shown on a toy: exact resume, equality of processes, averages, clean stops."""
+"""The loop's promises for every stage, shown on a toy: exact resume, equality of processes, averages, clean stops."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sana_sprint.train import distributed, learner, loop
+from sana_sprint.train import distributed, loop, trainer
 from sana_sprint.train.checkpoint import checkpoints
 from sana_sprint.train.data.sampler import own_parts
 from sana_sprint.train.stages.base import Metrics, Part
@@ -128,7 +128,7 @@ def test_many_steps_in_a_row_that_are_not_finite_end_the_run(tmp_path: Path) -> 
     with pytest.raises(RuntimeError, match="20 steps in a row were not finite, the last at step 24"):
         loop.run(toy, run, report=silent)
     # The checkpoint of step 20 remembers the 15 before it: continuing does not begin to count anew.
-    assert saved(tmp_path)[".bad_steps"] == learner.MAX_BAD_STEPS - 5
+    assert saved(tmp_path)[".bad_steps"] == trainer.MAX_BAD_STEPS - 5
 
 
 def test_validation_and_export_see_the_average(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def folder() -> Path | None:
-    """Where the files are: $SANA_SPRINT_CACHE, else sana-sprint in the user's cache folder; None if that says "off"."""
+    """The folder of the files: $SANA_SPRINT_CACHE, else sana-sprint in the user's cache folder; None if that says "off"."""
     wanted = os.environ.get(VARIABLE, "")
     if wanted == "off":
         return None

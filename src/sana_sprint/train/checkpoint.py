@@ -12,7 +12,7 @@ import torch
 from sana_sprint.train.config import MAY_CHANGE, AnyRun
 
 
-def save_checkpoint(config: AnyRun, step: int, learner: Mapping[str, Any], data: Mapping[str, str]) -> Path:
+def save_checkpoint(config: AnyRun, step: int, trainer: Mapping[str, Any], data: Mapping[str, str]) -> Path:
     """Writes `checkpoint-<step>.pt` into the run's folder and deletes all but the newest few; returns its path.
 
     `data` is what the run has been trained on, as `stage.Stage.data` has it. Neither a crash nor a power cut leaves a half-written checkpoint under that name.
@@ -25,7 +25,7 @@ def save_checkpoint(config: AnyRun, step: int, learner: Mapping[str, Any], data:
             "step": step,
             "config": config.model_dump(mode="json"),
             "data": dict(data),
-            "learner": learner,
+            "trainer": trainer,
         }
         torch.save(content, file)
         file.flush()
@@ -43,7 +43,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def find_checkpoint(config: AnyRun) -> Path | None:
-    """What `config.resume` asks to continue from; None to begin anew.
+    """The checkpoint that `config.resume` asks for; None for a new run.
 
     Raises:
         ValueError: it is not there, or `resume` is "never" and there is one.
@@ -68,7 +68,7 @@ def find_checkpoint(config: AnyRun) -> Path | None:
 
 
 def load_checkpoint(path: Path, config: AnyRun, data: Mapping[str, str]) -> dict[str, Any]:
-    """A checkpoint's content: "step" and "learner". One that does not tell its data is taken as it is.
+    """A checkpoint's content: "step" and "trainer". One without facts about its data is accepted.
 
     Raises:
         ValueError: it is not a checkpoint of this program's, or that of a run with another config or other data; the
@@ -78,11 +78,13 @@ def load_checkpoint(path: Path, config: AnyRun, data: Mapping[str, str]) -> dict
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a file that is something else breaks the unpickler in any way
         raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
+    if isinstance(content, dict) and "learner" in content:  # an older name
+        content["trainer"] = content.pop("learner")
     if not isinstance(content, dict) or content.keys() | {"data"} != {
         "step",
         "config",
         "data",
-        "learner",
+        "trainer",
     }:
         raise ValueError(f"{path} is not a checkpoint of this version")
     then, now = _flat(content["config"]), _flat(config.model_dump(mode="json"))

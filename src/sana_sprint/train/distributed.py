@@ -23,7 +23,7 @@ _BUCKET = 2**24  # elements
 
 
 def start() -> None:
-    """Joins the process group that torchrun announced; alone, does nothing."""
+    """Initialises the process group under torchrun; otherwise a no-op."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
         # An optimiser's first step imports this. Imported while there is a group, it keeps that as the default of its
         # arguments, so `stop` would not end the group's threads, and one that is busy when Python exits aborts the process.
@@ -42,7 +42,7 @@ def stop() -> None:
 
 
 def device() -> torch.device:
-    """Where this process computes: its own CUDA device, else Apple's GPU, else the CPU."""
+    """The device of this process: its own CUDA device, else Apple's GPU, else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

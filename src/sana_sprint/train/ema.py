@@ -1,4 +1,4 @@
-"""What a module's training must remember beside its weights, by the parameters' names."""
+"""The moving average of weights, and optimiser states by parameter name."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class EMA:
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Takes up the weights of an average that was saved."""
+        """Restores a saved average."""
         for name, weight in self.weights.items():
             weight.copy_(weights[name])
 
@@ -60,7 +60,7 @@ def optimizer_states(optimizers: Sequence[Optimizer], parameters: Mapping[str, T
 def load_optimizer_states(
     optimizers: Sequence[Optimizer], parameters: Mapping[str, Tensor], states: Mapping[str, Any]
 ) -> None:
-    """Takes up what `optimizer_states` returned, as far as it concerns these parameters."""
+    """Restores `optimizer_states()`, as far as it concerns these parameters."""
     names = {id(parameter): name for name, parameter in parameters.items()}
     for optimizer in optimizers:
         found = [states.get(names[id(parameter)], {}) for parameter, _ in _states(optimizer)]

@@ -1,4 +1,4 @@
-"""What a run tells of itself: a progress bar, `log.jsonl`, and TensorBoard where asked for."""
+"""Progress bar, `log.jsonl` and TensorBoard of a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
-class Journal:
+class RunLog:
     """Averages what is added between two entries, over steps and processes.
 
     Every process calls every method; the first one writes. Values that are not finite stay out of the averages.

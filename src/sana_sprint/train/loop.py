@@ -15,9 +15,9 @@ from functools import partial
 from sana_sprint.train import distributed
 from sana_sprint.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from sana_sprint.train.config import AnyRun
-from sana_sprint.train.learner import Learner
-from sana_sprint.train.logging import Journal
+from sana_sprint.train.logging import RunLog
 from sana_sprint.train.stages.base import Report, Stage
+from sana_sprint.train.trainer import Trainer
 
 
 def run(
@@ -40,15 +40,15 @@ def run(
         ImportError: the run asks for a package that is not installed.
         RuntimeError: the loss or gradient was not finite too many steps in a row.
     """
-    learner = Learner(stage, config)
-    first_step = _resume(learner, config, stage.data, report)
+    trainer = Trainer(stage, config)
+    first_step = _resume(trainer, config, stage.data, report)
     if distributed.rank() == 0:
         config.output.mkdir(parents=True, exist_ok=True)
         (config.output / "config.json").write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    with closing(Journal(config, first_step)) as journal:
-        is_finished = _train(stage, config, learner, journal, first_step, report, should_stop)
+    with closing(RunLog(config, first_step)) as log:
+        is_finished = _train(stage, config, trainer, log, first_step, report, should_stop)
     if is_finished:
-        learner.averaged(partial(stage.export, config.output / "final"))
+        trainer.averaged(partial(stage.export, config.output / "final"))
         if distributed.rank() == 0:
             report(f"finished: {config.output / 'final'}")
     # A process that left its group while another is still saving would take that one down.
@@ -59,8 +59,8 @@ def run(
 def _train(
     stage: Stage,
     config: AnyRun,
-    learner: Learner,
-    journal: Journal,
+    trainer: Trainer,
+    log: RunLog,
     step: int,
     report: Report,
     should_stop: Callable[[], bool],
@@ -69,24 +69,24 @@ def _train(
     schedule = config.schedule
 
     def validate() -> None:
-        measured = learner.averaged(partial(stage.validate, config.output / "samples", step))
+        measured = trainer.averaged(partial(stage.validate, config.output / "samples", step))
         if measured is not None:
-            journal.write(step, measured)
+            log.write(step, measured)
             report(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in measured.items()))
 
     if step == 0:
         validate()
     while step < schedule.steps:
         started = time.monotonic()
-        metrics = learner.step(step)
-        journal.add(metrics, time.monotonic() - started)
+        metrics = trainer.step(step)
+        log.add(metrics, time.monotonic() - started)
         step += 1
         is_last = step == schedule.steps
         is_stopping = distributed.average(should_stop()) > 0 and not is_last
         if is_last or step % schedule.log_every == 0:
-            journal.write_averages(step, {"skipped_steps": learner.skipped_steps})
+            log.write_averages(step, {"skipped_steps": trainer.skipped_steps})
         if is_last or is_stopping or step % schedule.save_every == 0:
-            _save(learner, config, step, stage.data)
+            _save(trainer, config, step, stage.data)
         if is_stopping:
             if distributed.rank() == 0:
                 report(f"stopped at step {step}, and saved")
@@ -96,20 +96,20 @@ def _train(
     return True
 
 
-def _resume(learner: Learner, config: AnyRun, data: Mapping[str, str], report: Report) -> int:
-    """Takes up the checkpoint that the config asks for; returns the number of steps done."""
+def _resume(trainer: Trainer, config: AnyRun, data: Mapping[str, str], report: Report) -> int:
+    """Loads the checkpoint that the config asks for; returns the number of steps done."""
     path = find_checkpoint(config)
     if path is None:
         return 0
     checkpoint = load_checkpoint(path, config, data)
-    learner.load_state(checkpoint["learner"])
+    trainer.load_state(checkpoint["trainer"])
     step = int(checkpoint["step"])
     if distributed.rank() == 0:
         report(f"resuming at step {step}")
     return step
 
 
-def _save(learner: Learner, config: AnyRun, step: int, data: Mapping[str, str]) -> None:
-    state = learner.state()
+def _save(trainer: Trainer, config: AnyRun, step: int, data: Mapping[str, str]) -> None:
+    state = trainer.state()
     if distributed.rank() == 0:
         save_checkpoint(config, step, state, data)

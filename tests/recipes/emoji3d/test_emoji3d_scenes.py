@@ -1,4 +1,4 @@
-"""What scenes and their pictures must be, for any number."""
+"""Properties of scenes and their pictures, for any number."""
 
 import math
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""What things are called, and what captions of scenes say."""
+"""Names of things, and the captions of scenes."""
 
 import random
 import re

@@ -495,6 +495,6 @@ def test_the_page_asks_for_nothing_from_elsewhere(user: PageUser) -> None:
 
 
 def test_the_colour_of_a_request_tells_it_from_others() -> None:
-    """What the tests above rely on."""
+    """Checks the assumption of the tests above."""
     colors = {color_of(ImageRequest(f"edit {i} ", seed=1)) for i in range(200)}
     assert len(colors) == 200

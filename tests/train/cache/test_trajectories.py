@@ -20,12 +20,12 @@ from sana_sprint.train.cache.trajectories import (
     trace,
 )
 from sana_sprint.train.distillation import Batch
-from sana_sprint.train.learner import Learner
 from sana_sprint.train.losses import SCM, TrajectoryRegression
 from sana_sprint.train.losses.flow import guided
 from sana_sprint.train.losses.trajectories import end_loss
 from sana_sprint.train.models.student import with_guidance
 from sana_sprint.train.stages.base import Part
+from sana_sprint.train.trainer import Trainer
 from sana_sprint.trigflow import T_MAX, expand_like, trig_to_flow
 from tests.helpers.training import chain, control_student_run, loss_of, make, parse, trajectories_run
 
@@ -200,10 +200,10 @@ def test_a_student_learns_from_trajectories_alone(tmp_path: Path) -> None:
         return total
 
     before = distance()
-    learner = Learner(stage, stage.config)
+    trainer = Trainer(stage, stage.config)
     assert set(stage.players) == {"student"}
     for step in range(60):
-        metrics = learner.step(step)
+        metrics = trainer.step(step)
         assert metrics["loss"] == pytest.approx(metrics["trajectory_loss"])
     assert distance() < 0.8 * before
 

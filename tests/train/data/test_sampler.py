@@ -61,7 +61,7 @@ def test_one_bucket_is_plain_shuffling() -> None:
 
 
 def test_parts_and_late_starts_see_the_same_batch() -> None:
-    """What makes two processes equal one, and a resumed run equal an uninterrupted one."""
+    """The property that makes two processes equal one, and a resumed run equal an uninterrupted one."""
     sizes, size = [7, 5, 2], 4
     whole = batches(sizes, size, 30)
     late = BucketOrder(buckets_of(sizes), size, 0)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from sana_sprint.train.learner import Learner
 from sana_sprint.train.losses.distribution_matching import DistributionMatching, MatchingConfig, direction
 from sana_sprint.train.stages.base import Part
 from sana_sprint.train.stages.student import load_transformer
+from sana_sprint.train.trainer import Trainer
 from sana_sprint.trigflow import Velocity, expand_like
 from tests.helpers.training import chain, full_run, loss_of, make, parse, student_run
 
@@ -95,11 +95,11 @@ def test_the_weight_grows_while_the_fake_model_catches_up() -> None:
 
 def test_three_players_take_turns_and_the_fake_model_learns_the_students_pictures(tmp_path: Path) -> None:
     stage = make(parse(full_run(tmp_path, chain() / "teacher" / "final")))
-    learner = Learner(stage, stage.config)  # type: ignore[attr-defined]
+    trainer = Trainer(stage, stage.config)  # type: ignore[attr-defined]
     moved = []
     for step in range(3):
         before = {name: [p.clone() for p in module.parameters()] for name, module in stage.players.items()}
-        learner.step(step)
+        trainer.step(step)
         moved.append(
             {
                 name

@@ -26,7 +26,7 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 
 
 def wrapped_inputs(model: SanaTransformer2DModel, dtype: torch.dtype = torch.float64) -> tuple[Any, ...]:
-    """What `value_and_tangent` takes: masked captions, times from near data to near noise, an arbitrary direction."""
+    """Arguments of `value_and_tangent`: masked captions, times from near data to near noise, an arbitrary direction."""
     inputs = transformer_inputs(model.config, batch=B, grid=GRID, tokens=L)
     u = inputs["latent"].to(dtype)
     t, dt = torch.tensor([[0.2, 0.9, 1.5], [0.3, -1.0, 0.5]], dtype=dtype)

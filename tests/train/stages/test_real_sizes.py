@@ -8,9 +8,9 @@ import torch
 from sana_sprint.models.autoencoder import AutoencoderConfig, AutoencoderDC
 from sana_sprint.models.transformer import SanaTransformer2DModel, TransformerConfig
 from sana_sprint.train.config import StudentRun, load_config
-from sana_sprint.train.learner import Learner
 from sana_sprint.train.models.text_encoder import make_text_encoder, save_text, train_tokenizer
 from sana_sprint.train.stages.student import StudentStage
+from sana_sprint.train.trainer import Trainer
 from sana_sprint.weights import save_model
 from tests.helpers.autoencoders import PUBLISHED_AUTOENCODER
 from tests.helpers.models import PUBLISHED_TRANSFORMERS
@@ -52,11 +52,11 @@ def test_one_step_of_each_player(size: str, tmp_path: Path) -> None:
     )
     assert isinstance(run, StudentRun)
     stage = StudentStage(run, report=lambda line: None)
-    learner = Learner(stage, run)
+    trainer = Trainer(stage, run)
     for step, name in enumerate(("student", "discriminator")):
         parameters = [p for p in stage.players[name].parameters() if p.ndim > 1]
         before = [parameter.detach().clone() for parameter in parameters]
-        metrics = learner.step(step)
+        metrics = trainer.step(step)
         assert all(torch.isfinite(torch.tensor(value)) for value in metrics.values()), metrics
         moved = sum(not torch.equal(p, old) for p, old in zip(parameters, before, strict=True))
         # At rate 2e-6 even fp32 weights of size 1 move; what receives no gradient in the first step does not.

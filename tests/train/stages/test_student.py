@@ -16,13 +16,13 @@ from sana_sprint.models.layers import sinusoid
 from sana_sprint.models.transformer import SanaTransformer2DModel
 from sana_sprint.train import loop
 from sana_sprint.train.config import RunConfig, StudentRun
-from sana_sprint.train.learner import Learner
 from sana_sprint.train.losses import Adversarial
 from sana_sprint.train.models.student import Student, with_guidance
 from sana_sprint.train.stages.autoencoder import AutoencoderStage
 from sana_sprint.train.stages.base import Part
 from sana_sprint.train.stages.student import StudentStage
 from sana_sprint.train.stages.teacher import TeacherStage
+from sana_sprint.train.trainer import Trainer
 from sana_sprint.trigflow import T_MAX, prior_weight
 from sana_sprint.weights import load_model, save_model
 from tests.helpers.models import tiny_transformer
@@ -68,13 +68,13 @@ def moved(module: nn.Module, before: list[torch.Tensor]) -> bool:
 
 def test_players_take_turns_and_only_the_one_whose_turn_it_is_moves(make_stage) -> None:
     stage = make_stage()
-    learner = Learner(stage, stage.config)
+    trainer = Trainer(stage, stage.config)
     student, heads = stage.players["student"], stage.players["discriminator"]
     teacher_before = copies(stage.models.teacher)
     for step, expected in enumerate(["student", "discriminator", "student", "discriminator"]):
         before = {"student": copies(student), "discriminator": copies(heads)}
         assert stage.player(step) == expected
-        learner.step(step)
+        trainer.step(step)
         changed = {name for name, module in stage.players.items() if moved(module, before[name])}
         assert changed == {expected}
     assert not moved(stage.models.teacher, teacher_before)
@@ -99,7 +99,7 @@ def test_the_hybrid_loss_is_the_weighted_sum_of_its_parts(make_stage) -> None:
 def test_the_adversarial_loss_alone_trains_too(make_stage) -> None:
     stage = make_stage(scm_weight=0.0)
     before = copies(stage.student)
-    metrics = Learner(stage, stage.config).step(0)
+    metrics = Trainer(stage, stage.config).step(0)
     assert moved(stage.student, before)
     assert "direction_norm" not in metrics
     assert "adversarial_loss" in metrics

@@ -33,7 +33,7 @@ class EmbeddingCache:
         return len(self._places)
 
     def encode(self, captions: Sequence[str]) -> PromptEmbeddings:
-        """What the encoder gives for these captions, on its device, up to the rounding of another batch.
+        """Looks up the embeddings of these captions, on the encoder's device; equal to its own up to the rounding of another batch.
 
         Raises:
             ValueError: one is not in the cache.

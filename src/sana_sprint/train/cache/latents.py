@@ -185,7 +185,7 @@ def cached_latents(
 
 
 def _identity(num_samples: int, samples: Sequence[str], settings: str) -> dict[str, str]:
-    """What a checkpoint says of its data, so that a run continues with the same only."""
+    """The facts of the data that a checkpoint stores; a run resumes only with equal ones."""
     return {
         "samples": str(num_samples),
         "pictures and captions": digest(*samples)[:16],

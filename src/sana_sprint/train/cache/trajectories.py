@@ -175,7 +175,7 @@ def cached_trajectories(
 def trajectory_settings(
     config: StudentRun, latents: Mapping[str, str], text_encoder: nn.Module, *teacher: nn.Module
 ) -> Sequence[object]:
-    """What a run's trajectories depend on, beside their own settings, as `parts.digest` takes it.
+    """The dependencies of a run's trajectories beside their own settings, as `files.digest` takes them.
 
     Args:
         config: the run.

@@ -1,4 +1,4 @@
-"""Where training pictures come from: one stream of samples, whatever holds them."""
+"""Sources of training pictures: one stream of samples for every format."""
 
 from sana_sprint.train.data.pictures import channels_last, fit, pictures
 from sana_sprint.train.data.readers.base import Sample, Unreadable

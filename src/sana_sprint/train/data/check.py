@@ -29,7 +29,7 @@ class Spread:
 
 @dataclass
 class Check:
-    """What was found. Buckets are "height x width" in pixels, with the pictures nearest to each."""
+    """The result of a check. Buckets are "height x width" in pixels, with the pictures nearest to each."""
 
     source: str
     samples: int = 0
@@ -103,7 +103,7 @@ def check_source(
 
 @dataclass(frozen=True)
 class _Seen:
-    """What is kept of a picture after it was looked at. Sizes are (height, width)."""
+    """The facts of one picture. Sizes are (height, width)."""
 
     name: str
     pixels_hash: str

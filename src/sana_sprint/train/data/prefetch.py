@@ -1,4 +1,4 @@
-"""Reading while others compute."""
+"""Prefetches samples in background threads."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class Source(Protocol):
         """Sample of the set. Raises `Unreadable`."""
 
     def name(self, position: int) -> str:
-        """What a message calls it."""
+        """The name of a sample in messages."""
 
     def digest(self, positions: Sequence[int]) -> str:
         """A hash of what these samples are made from."""

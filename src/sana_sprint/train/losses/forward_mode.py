@@ -104,7 +104,7 @@ def steer(
     x: Dual,
     modulation: Dual,
 ) -> dict[int, Dual]:
-    """What the branch adds after each block; x (B,N,D) and modulation (B,6,D) are the transformer's after block 0."""
+    """The branch's residuals after each block; x (B,N,D) and modulation (B,6,D) are the transformer's after block 0."""
     assert isinstance(context, ControlledContext)
     branch, control, captions = model.controlnet, context.control, context.control.captions
     is_official = branch.config.topology == "official"

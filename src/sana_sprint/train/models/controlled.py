@@ -32,7 +32,7 @@ MakeCondition = Callable[[np.ndarray, int], np.ndarray]
 
 @dataclass(frozen=True)
 class ControlledContext(CaptionContext):
-    """What a controlled transformer is told: captions, and what its branch is told."""
+    """The context of a controlled transformer: captions, and the context of its branch."""
 
     control: ControlContext
 

@@ -44,7 +44,7 @@ class Discriminator(nn.Module):
         self.heads = nn.ModuleList(_Head(width) for _ in self.blocks)
 
     def features(self, teacher: FlowModel, u: Tensor, t: Tensor, context: CaptionContext) -> list[Tensor]:
-        """What the chosen blocks make of noised latents u (B,C,H,W) at angles t (B,): (B,N,D) each.
+        """The chosen blocks' outputs for noised latents u (B,C,H,W) at angles t (B,): (B,N,D) each.
 
         The teacher sees them as the flow model it is, without guidance; blocks after the last chosen one do not run.
         """

@@ -85,7 +85,7 @@ class FlowStage:
         return losses.mean(), by_level("loss", losses, flow_t)
 
     def context(self, order: Tensor, embeds: Tensor, mask: Tensor) -> CaptionContext:
-        """What the model is told of the samples at these places of the cache, whose embedded captions these are."""
+        """The model's context for the samples at these places of the cache, whose embedded captions these are."""
         return self.transformer.encode_caption(embeds, mask)
 
     def velocity(self, context: CaptionContext) -> Velocity:
@@ -109,7 +109,7 @@ class FlowStage:
         return {"latent_rms": latent.square().mean().sqrt().item()}
 
     def validation_contexts(self, embeddings: PromptEmbeddings) -> tuple[CaptionContext, CaptionContext]:
-        """What the model is told of the validation captions, and of none."""
+        """The model's contexts for the validation captions, and for no caption."""
         return (
             self.transformer.encode_caption(embeddings.embeds, embeddings.mask),
             unconditional(self.transformer, embeddings),

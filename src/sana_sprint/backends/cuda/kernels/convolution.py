@@ -80,7 +80,7 @@ def _load(ptr, mask):
 
 @triton.jit
 def _start(height, rows: tl.constexpr, block_c: tl.constexpr):
-    """Where this program begins to walk: picture, first row, first of four columns; and its channels."""
+    """The start of this program: picture, first row, first of four columns; and its channels."""
     strips = tl.cdiv(height, rows)
     image = tl.program_id(2).to(tl.int64)
     first = (tl.program_id(1) % strips) * rows

@@ -1,4 +1,4 @@
-"""What a decoder does between its convolutions, in one pass over memory each; needs Triton.
+"""The operations of a decoder between its convolutions, each in one pass over memory; needs Triton.
 
 Pixels are rows of channels: grids are channels_last. Whatever the dtype of the tensors (bf16, fp16 or fp32), sums and
 products are fp32 and the result is rounded once. Axes: B batch, C channels, H W grid, M = B*H*W pixels.

@@ -1,4 +1,4 @@
-"""What every stored set of pictures is read as: a sequence of records, each an encoded picture and its captions."""
+"""Records: the form in which every stored set of pictures is read, an encoded picture and its captions each."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Records(Protocol):
         """How many records there are."""
 
     def name(self, index: int) -> str:
-        """What a message calls a record."""
+        """The name of a record in messages."""
 
     def __getitem__(self, index: int) -> Record:
         """Reads one record. Raises `Unreadable` or OSError if that one is damaged."""

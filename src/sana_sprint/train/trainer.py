@@ -21,7 +21,7 @@ Result = TypeVar("Result")
 MAX_BAD_STEPS = 20  # non-finite steps in a row after which the run stops
 
 
-class Player:
+class Trainee:
     """A module that learns, and the optimisers of those of its parameters that are this process's own.
 
     `owner` is None where every process keeps all states, else it names each parameter's process.
@@ -48,7 +48,7 @@ class Player:
         self.share()
 
     def share(self) -> None:
-        """Gives all processes what each has made of its own parameters."""
+        """Broadcasts every parameter from the process that updated it."""
         if self.owner is not None:
             distributed.share(self.parameters, self.owner)
 
@@ -64,19 +64,19 @@ class Player:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Takes up what `state` returned."""
+        """Restores `state()`."""
         self.module.load_state_dict(state["module"])
         load_optimizer_states(self.optimizers, self.own, state["optimizer"])
 
 
-class Learner:
+class Trainer:
     """The stage's players, the first one's moving average, and the count of bad steps."""
 
     def __init__(self, stage: Stage, config: AnyRun) -> None:
         self.stage = stage
         self.config = config
         self.players = {
-            name: Player(module, optimizer, is_shared_out=config.distribution == "shard")
+            name: Trainee(module, optimizer, is_shared_out=config.distribution == "shard")
             for (name, module), optimizer in zip(stage.players.items(), config.optimizers, strict=True)
         }
         self.first = next(iter(self.players.values()))
@@ -133,7 +133,7 @@ class Learner:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Takes up what `state` returned, in any number of processes."""
+        """Restores `state()`, in any number of processes."""
         for name, player in self.players.items():
             player.load_state(state["players"][name])
         self.ema.load(state["ema"])
