@@ -6,22 +6,25 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
+from sana_sprint.config import Config
 from sana_sprint.noise import draw_noise
 from sana_sprint.sampling import PUBLISHED_INTERMEDIATE, PUBLISHED_MAX, angles, schedule
 from sana_sprint.trigflow import SIGMA_DATA, add_noise, to_clean
 
 
 @dataclass(frozen=True, kw_only=True)
-class SchedulerConfig:
+class SchedulerConfig(Config):
     """Fields of the published scheduler_config.json. Only `sigma_data` changes results."""
+
+    title: ClassVar[str] = "scheduler"
 
     num_train_timesteps: int = 1000
     prediction_type: str = "trigflow"
@@ -34,21 +37,11 @@ class SchedulerConfig:
             raise ValueError(f"sigma_data must be above 0, got: {self.sigma_data}")
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> SchedulerConfig:
-        """Config from the content of a scheduler_config.json; keys starting with `_` are notes and dropped.
-
-        Raises ValueError listing the keys that are not fields, or naming the class that the file is for.
-        """
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """As of any config, of a scheduler_config.json; raises ValueError also for a file of another class, naming it."""
         if (name := values.get("_class_name", "SCMScheduler")) != "SCMScheduler":
             raise ValueError(f"the scheduler must be a SCMScheduler, this is the config of a {name}")
-        kept = {key: value for key, value in values.items() if not key.startswith("_")}
-        if unknown := sorted(kept.keys() - {field.name for field in fields(cls)}):
-            raise ValueError(f"unknown fields in the scheduler config: {', '.join(unknown)}")
-        return cls(**kept)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields, ready for scheduler_config.json."""
-        return asdict(self)
+        return super().from_dict(values)
 
 
 class SCMSchedulerOutput(NamedTuple):
