@@ -202,6 +202,13 @@ def full_run(output: Path, teacher: Path, *, steps: int = 4) -> dict[str, Any]:
     }
 
 
+def weighed_run(run: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    """A run with every loss, with [f_divergence] in the place of its [matching]."""
+    kept = {name: value for name, value in run.items() if name != "matching"}
+    judge = {**run["discriminator"], "loss": "logistic", "misaligned_pairs": False}
+    return {**kept, "discriminator": judge, "f_divergence": {**run["matching"], **settings}}
+
+
 def trajectories_run(output: Path, teacher: Path, *, steps: int = 4) -> dict[str, Any]:
     """A student that learns from its teacher's trajectories alone."""
     run = student_run(output, teacher, steps=steps)

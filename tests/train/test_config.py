@@ -23,6 +23,7 @@ from tests.helpers.training import (
     silent,
     student_run,
     train,
+    weighed_run,
 )
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -75,8 +76,7 @@ def test_every_field_has_an_effect(tmp_path: Path) -> None:
     full = full_run(tmp_path / "weighed", folder / "teacher" / "final", steps=3)
     control = control_student_run(tmp_path / "control-weighed", folder, steps=3)
     for values in (full, control):
-        values["f_divergence"] = values.pop("matching")
-        train(values)
+        train(weighed_run(values))
     for optimizer in (
         "muon",
         "came",

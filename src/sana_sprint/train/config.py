@@ -225,6 +225,13 @@ class _StudentFields(_Run):
             raise ValueError(f"scm_weight is 0, and there is no {given}: nothing to learn from")
         return self
 
+    @model_validator(mode="after")
+    def _losses_fit_together(self) -> Self:
+        sections = self.sections()
+        for name in sections:
+            LOSSES[name].check(sections)
+        return self
+
     def sections(self) -> dict[str, Section]:
         """The losses' sections that this run has, by name, in the order of `losses.LOSSES`."""
         found = {name: getattr(self, name) for name in _SECTIONS}

@@ -1,4 +1,4 @@
-"""The adversarial loss (LADD): hinge losses of the student and of a discriminator on the frozen teacher's features.
+"""The adversarial loss (LADD): losses of the student and of a discriminator on the frozen teacher's features.
 
 SANA-Sprint (arXiv 2503.09641), section 3.3, after latent adversarial diffusion distillation (arXiv 2403.12015).
 """
@@ -6,11 +6,11 @@ SANA-Sprint (arXiv 2503.09641), section 3.3, after latent adversarial diffusion 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from sana_sprint.models.layers import autocast_off
 from sana_sprint.models.transformer import CaptionContext
@@ -19,7 +19,7 @@ from sana_sprint.train.metrics import Metrics
 from sana_sprint.train.models.base import FlowModel
 from sana_sprint.train.models.discriminator import Discriminator
 from sana_sprint.train.sections import OptimizerConfig, Section
-from sana_sprint.trigflow import add_noise, lognormal_times
+from sana_sprint.trigflow import add_noise, expand_like, flow_to_trig, lognormal_times
 
 if TYPE_CHECKING:
     from sana_sprint.train.distillation import Batch, Distillation
@@ -37,13 +37,15 @@ class DiscriminatorConfig(Section):
     time_std: float = Field(default=1.0, gt=0)
     # Whether real pictures with another picture's caption count as fakes too.
     misaligned_pairs: bool = True
+    # "hinge" is the paper's; the logits of "logistic" are logarithms of density ratios (`f_divergence`).
+    loss: Literal["hinge", "logistic"] = "hinge"
     # Factor of the gradient penalty on the heads' inputs.
     r1_weight: float = Field(default=0.0, ge=0)
     optimizer: OptimizerConfig
 
 
 class Adversarial(Loss):
-    """The adversarial loss of the student, and the hinge loss of the discriminator's heads."""
+    """The adversarial loss of the student, and the loss of the discriminator's heads."""
 
     Config = DiscriminatorConfig
 
@@ -72,7 +74,7 @@ class Adversarial(Loss):
         return self.discriminator_loss(batch.fake, batch.u0, batch.captioned)
 
     def student_loss(self, fake: Tensor, context: CaptionContext) -> Tensor:
-        """The hinge loss of the student's pictures; the heads get no gradient.
+        """The adversarial loss of the student's pictures; the heads get no gradient.
 
         The discriminator's own graph, as large as the student's, is gone when this returns: the gradient by the pictures
         is taken at once, and the loss carries it on to the student.
@@ -84,7 +86,8 @@ class Adversarial(Loss):
         self.discriminator.requires_grad_(False)
         judged = fake.detach().requires_grad_()
         t = self.draw_times(len(fake))
-        loss = hinge_generator(self.discriminator(self.features(judged, t, context)))
+        generator = hinge_generator if self.config.loss == "hinge" else logistic_generator
+        loss = generator(self.discriminator(self.features(judged, t, context)))
         with autocast_off(judged.device):  # a backward pass runs in the dtypes of its forward
             (gradient,) = torch.autograd.grad(loss, judged)
         carried = (fake * gradient).sum()  # its gradient by the student's weights is the loss's
@@ -110,12 +113,20 @@ class Adversarial(Loss):
         if self.config.r1_weight:
             real_features = [features.requires_grad_() for features in real_features]
         real = self.discriminator(real_features)
-        loss, metrics = hinge_discriminator(real, self.discriminator(fake_features))
+        judge = hinge_discriminator if self.config.loss == "hinge" else logistic_discriminator
+        loss, metrics = judge(real, self.discriminator(fake_features))
         if self.config.r1_weight:
             penalty = r1_penalty(real, real_features)
             loss = loss + self.config.r1_weight / 2 * penalty
             metrics["r1"] = penalty.item()
         return loss, metrics
+
+    def logits(self, x: Tensor, flow_t: Tensor, context: CaptionContext) -> Tensor:
+        """Of pictures noised in flow space, x = (1-s) x0 + s z (B,C,H,W) at flow times s (B,): (B,n)."""
+        t = flow_to_trig(flow_t)
+        u = x * expand_like(torch.cos(t) + torch.sin(t), x)
+        logits: Tensor = self.discriminator(self.discriminator.features(self.teacher, u, t, context))
+        return logits
 
     def draw_times(self, count: int) -> Tensor:
         return lognormal_times(
@@ -150,6 +161,20 @@ def hinge_discriminator(real: Tensor, fake: Tensor) -> tuple[Tensor, dict[str, f
 def hinge_generator(fake: Tensor) -> Tensor:
     """-mean of the logits: what the student minimises."""
     return -fake.mean()
+
+
+def logistic_discriminator(real: Tensor, fake: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """(mean log(1 + e^-real) + mean log(1 + e^fake)) / 2, the first GAN's loss; see `hinge_discriminator`.
+
+    Its best logit is log(p_real/p_fake).
+    """
+    loss = (nn.functional.softplus(-real).mean() + nn.functional.softplus(fake).mean()) / 2
+    return loss, {"real_logit": real.detach().mean().item(), "fake_logit": fake.detach().mean().item()}
+
+
+def logistic_generator(fake: Tensor) -> Tensor:
+    """mean log(1 + e^-fake), the non-saturating loss."""
+    return nn.functional.softplus(-fake).mean()
 
 
 def r1_penalty(logits: Tensor, features: Sequence[Tensor]) -> Tensor:

@@ -34,6 +34,10 @@ class Loss:
     facts: Mapping[str, str] = {}
 
     @classmethod
+    def check(cls, sections: Mapping[str, Section]) -> None:
+        """Raises a ValueError where a run's sections, by name, lack something that this loss needs."""
+
+    @classmethod
     def make(cls, distillation: Distillation, section: Section | None) -> Self | None:
         """The loss of a run, or None if the run does not use it. `section` is its table in the stage file."""
         raise NotImplementedError

@@ -98,7 +98,8 @@ class DistributionMatching(Loss):
         if weigh is not None:
             with torch.no_grad():
                 s = expand_like(flow_t, fake)
-                squares = squares * weigh((1 - s) * fake + s * noise, flow_t)
+                factors = weigh((1 - s) * fake + s * noise, flow_t)
+            squares = squares * factors
         return squares.mean() / 2
 
     def fake_model_loss(self, fake: Tensor, fake_model: Velocity) -> Tensor:

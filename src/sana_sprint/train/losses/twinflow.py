@@ -7,9 +7,14 @@ the path. At -s it is the velocity of the flow from noise to the student's own p
 * self-adversarial: flow matching of the student's pictures at negative time;
 * rectification: pictures move along the difference of the two velocities, which vanishes where both distributions are equal.
 
-There is no discriminator, no further network that is trained, and no forward-mode derivative. Two things differ from the paper,
-whose network has a second time and no teacher: the velocity of the data is the guided teacher's, and pictures are those that
-all losses share, a part of which start from noised data rather than from pure noise.
+There is no discriminator, no further network that is trained, and no forward-mode derivative. The time embedding is the model's own:
+its sinusoid takes -s, of which half of the features are the negatives of those of s, and what it means is learnt. The student is
+used as a velocity in flow time, never through the change of variables, which is singular at an angle of -pi/4.
+
+Differences from the paper and its code: the network has no second time, so that the velocity of the data is the guided teacher's
+rather than its own; pictures are those that all losses share, a part of which start from noised data; all samples of a batch serve
+all terms, where the code gives each a quarter; errors are squared without the code's weights (Barron's and one by time); the path to
+time 0 is one step, where the code has two by default; and the rectification is not clamped.
 """
 
 from __future__ import annotations
@@ -57,8 +62,7 @@ class TwinFlow(Loss):
 
     Args:
         config: its settings.
-        student: the model, with guidance embedding.
-        trained: its trained part.
+        trained: the trained part of the student.
         target: a copy of the student, without gradient, whose trained part is `target_trained`.
     """
 
