@@ -81,23 +81,26 @@ def serve(case: str, folder: Path) -> None:
         for _ in sys.stdin:
             cpu, wall = time.process_time(), time.perf_counter()
             call()
-            wall = time.perf_counter() - wall
-            share = (time.process_time() - cpu) / wall / torch.get_num_threads()
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            share = cpu / wall / torch.get_num_threads()
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-            print(json.dumps({"seconds": wall, "share": share, "peak_gib": peak}), flush=True)
+            print(json.dumps({"seconds": wall, "cpu": cpu, "share": share, "peak_gib": peak}), flush=True)
 
 
 # ----- two checkouts --------------------------------------------------------------------------------------------------
 
 
 def compare_speed(old: Path, new: Path, rounds: int, patterns: list[str] | None, threads: int) -> None:
-    """Prints a table of medians and ratios. Ratios are medians too, of neighbours in time."""
+    """Prints a table of medians and ratios. Ratios are medians too, of neighbours in time.
+
+    With one thread the processor's seconds mean something even where other programs take their share of it.
+    """
     from compare_checkouts import environment
 
     print(
-        "| case | old s | new s | new/old | quartiles | old GiB | new GiB | new/old | share of the processor |"
+        "| case | old s | new s | new/old | old cpu s | new cpu s | new/old | old GiB | new GiB | new/old | cpu |"
     )
-    print("|" + "---|" * 9)
+    print("|" + "---|" * 11)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         settings = [environment(checkout, threads, folder) for checkout in (old, new)]
@@ -130,15 +133,20 @@ def measure(case: str, folder: Path, settings: list[dict[str, str]], rounds: int
             found[i].append(json.loads(stdout.readline()))
     for side in sides:
         side.communicate()
-    was, now = ([each["seconds"] for each in one] for one in found)
-    ratios = [after / before for before, after in zip(was, now, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     peaks = [max(each["peak_gib"] for each in one) for one in found]
     share = statistics.median(each["share"] for one in found for each in one)
     return (
-        f"| {case} | {statistics.median(was):.3f} | {statistics.median(now):.3f} | {middle:.3f} "
-        f"| {low:.3f} to {high:.3f} | {peaks[0]:.3f} | {peaks[1]:.3f} | {peaks[1] / peaks[0]:.3f} | {share:.2f} |"
+        f"| {case} | {_medians(found, 'seconds')} | {_medians(found, 'cpu')} "
+        f"| {peaks[0]:.3f} | {peaks[1]:.3f} | {peaks[1] / peaks[0]:.3f} | {share:.2f} |"
     )
+
+
+def _medians(found: list[list[dict[str, float]]], name: str) -> str:
+    """Three cells: both medians, and that of the ratios with its quartiles."""
+    was, now = ([each[name] for each in one] for one in found)
+    ratios = [after / before for before, after in zip(was, now, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return f"{statistics.median(was):.3f} | {statistics.median(now):.3f} | {middle:.3f} ({low:.3f} to {high:.3f})"
 
 
 if __name__ == "__main__":
