@@ -160,7 +160,7 @@ def crowded(seed: int) -> Image.Image:
 
 
 @lru_cache(maxsize=1)
-def _font() -> ImageFont.FreeTypeFont:
+def font() -> ImageFont.FreeTypeFont:
     if not FONT_PATH.is_file():
         raise FileNotFoundError(f"{FONT_PATH} is missing; hint: apt-get install fonts-noto-color-emoji")
     return ImageFont.truetype(str(FONT_PATH), 109)  # the only size of its bitmaps
@@ -169,7 +169,7 @@ def _font() -> ImageFont.FreeTypeFont:
 @cache
 def _glyph(kind: str) -> Image.Image:
     canvas = Image.new("RGBA", (180, 180), (0, 0, 0, 0))
-    ImageDraw.Draw(canvas).text((20, 20), words.KINDS[kind], font=_font(), embedded_color=True)
+    ImageDraw.Draw(canvas).text((20, 20), words.KINDS[kind], font=font(), embedded_color=True)
     box = canvas.getchannel("A").getbbox()
     if box is None:
         raise ValueError(f"the font at {FONT_PATH} has no artwork for {kind!r}")

@@ -188,7 +188,7 @@ def test_the_second_signal_acts_as_it_always_does():
 
     kept = signal.signal(signal.SIGINT, before), signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        with train._signals() as received:
+        with train.received_signals() as received:
             assert (
                 signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
             )  # ignored before, as under nohup: so it stays
@@ -211,7 +211,7 @@ def test_threads(monkeypatch, num_processes, has_cuda, is_single):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
     try:
         torch.set_num_threads(2)
-        train._set_threads()
+        train.set_threads()
         assert torch.get_num_threads() == (1 if is_single else 2)
     finally:
         torch.set_num_threads(before)

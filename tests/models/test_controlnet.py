@@ -153,7 +153,7 @@ def test_the_official_form_is_what_its_definition_says() -> None:
     for i, copy in enumerate(copies):
         c = copy(c, table, *copy.attn2.encode(projected), bias, grid)
         x = base_block(i + 1, x + controlnet.controlnet_blocks[i](c))
-    expected = base._to_latent(x, embedding, grid)
+    expected = base.to_latent(x, embedding, grid)
 
     # The same operations on the same numbers.
     assert torch.equal(evaluate(base, inputs, controlnet), expected)

@@ -287,9 +287,9 @@ def test_training_samples(emoji_font) -> None:
 
 def test_a_missing_font_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.setattr(scenes, "FONT_PATH", tmp_path / "absent.ttf")
-    scenes._font.cache_clear()
+    scenes.font.cache_clear()
     try:
         with pytest.raises(FileNotFoundError, match=r"absent\.ttf.*fonts-noto-color-emoji"):
-            scenes._font()
+            scenes.font()
     finally:
-        scenes._font.cache_clear()
+        scenes.font.cache_clear()

@@ -65,7 +65,7 @@ def test_two_processes_are_two_parts_of_one(tmp_path: Path) -> None:
 def test_buckets_hold_every_tensor_once_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "_BUCKET", 10)
     tensors = [torch.zeros(size) for size in (3, 8, 25, 1, 2)]
-    buckets = list(distributed._buckets(tensors))
+    buckets = list(distributed.buckets_of(tensors))
     assert [[t.numel() for t in bucket] for bucket in buckets] == [[3, 8], [25], [1, 2]]
 
 

@@ -45,12 +45,12 @@ def train(
 
     from sana_sprint.train import distributed, loop
 
-    _set_threads()
+    set_threads()
     distributed.start()
     report = _reporter(is_main=distributed.rank() == 0)
     try:
         made = _make_stage(config, report)
-        with _signals() as received:
+        with received_signals() as received:
             is_finished = loop.run(made, config, report=report, should_stop=lambda: bool(received))
         if not is_finished:
             report("the same command continues")
@@ -63,7 +63,7 @@ def train(
 
 
 @contextmanager
-def _signals() -> Iterator[list[int]]:
+def received_signals() -> Iterator[list[int]]:
     """A list that receives the first SIGINT or SIGTERM; the second one acts as it always does."""
     received: list[int] = []
 
@@ -86,7 +86,7 @@ def _signals() -> Iterator[list[int]]:
         restore()
 
 
-def _set_threads() -> None:
+def set_threads() -> None:
     import torch
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available():

@@ -157,7 +157,7 @@ class SanaTransformer2DModel(nn.Module):
         modulation, embedding = self.embed_time(timestep, guidance)
         for tokens in self._run_blocks(x, modulation, context, grid, control):
             x = tokens
-        return self._to_latent(x, embedding, grid).to(hidden_states.dtype)
+        return self.to_latent(x, embedding, grid).to(hidden_states.dtype)
 
     def block_outputs(
         self,
@@ -233,7 +233,7 @@ class SanaTransformer2DModel(nn.Module):
                 x = x + residuals[number].to(x.dtype)
             yield x
 
-    def _to_latent(self, x: Tensor, embedding: Tensor, grid: tuple[int, int]) -> Tensor:
+    def to_latent(self, x: Tensor, embedding: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens (B,N,D) -> latent (B,out_channels,H,W)."""
         shift, scale = (self.scale_shift_table + embedding[:, None]).chunk(2, dim=1)
         with autocast_off(x.device):  # a few channels only: full precision is free here

@@ -77,7 +77,7 @@ def average_gradients(parameters: Sequence[Tensor]) -> None:
     """Replaces every gradient by its mean over the processes."""
     if world_size() == 1:
         return
-    for bucket in _buckets([parameter.grad for parameter in parameters if parameter.grad is not None]):
+    for bucket in buckets_of([parameter.grad for parameter in parameters if parameter.grad is not None]):
         flat = torch.cat([gradient.flatten() for gradient in bucket])
         distributed.all_reduce(flat)
         _unpack(flat.div_(world_size()), bucket)
@@ -107,7 +107,7 @@ def share(parameters: Mapping[str, Tensor], owner: Mapping[str, int]) -> None:
     """Gives every process its owner's value of each parameter."""
     for source in range(world_size()):
         values = [parameter for name, parameter in parameters.items() if owner[name] == source]
-        for bucket in _buckets(values):
+        for bucket in buckets_of(values):
             _unpack(_broadcast(torch.cat([value.flatten() for value in bucket]), source), bucket)
 
 
@@ -145,7 +145,7 @@ def _broadcast(value: Tensor, source: int) -> Tensor:
     return value
 
 
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+def buckets_of(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Tensors in groups of about `_BUCKET` elements: few messages, and little memory for their copies."""
     bucket: list[Tensor] = []
     for tensor in tensors:

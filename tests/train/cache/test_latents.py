@@ -118,16 +118,16 @@ def test_a_stopped_encoding_goes_on_where_it_was(
     elsewhere = write_folder(tmp_path / "moved" / "set", [], [])
     for path in folder.iterdir():
         path.rename(elsewhere / path.name)
-    encode, encoded = latents._Encoder._encode, 0
+    encode, encoded = AutoencoderDC.encode, 0
 
-    def counted(self: Any, arrays: Sequence[Any]) -> torch.Tensor:
+    def counted(self: AutoencoderDC, images: torch.Tensor) -> torch.Tensor:
         nonlocal encoded
-        encoded += len(arrays)
+        encoded += len(images)
         if encoded > 7:
             raise KeyboardInterrupt
-        return encode(self, arrays)
+        return encode(self, images)
 
-    monkeypatch.setattr(latents._Encoder, "_encode", counted)
+    monkeypatch.setattr(AutoencoderDC, "encode", counted)
     with pytest.raises(KeyboardInterrupt):
         cached(elsewhere, autoencoder)
     assert len(files(elsewhere)) == 1  # the second part was not finished, and is not there

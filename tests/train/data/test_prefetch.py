@@ -82,9 +82,9 @@ def test_a_step_reads_for_the_steps_after_it_and_none_beyond_the_last(values: di
     stage = make(parse(values))
     assert isinstance(stage, AutoencoderStage)
     stage.loss(Part(step=0, indices=range(1, 4, 2)))
-    assert set(stage.samples._coming) == {4, 5, 6, 7}
+    assert set(stage.samples.coming) == {4, 5, 6, 7}
     stage.loss(Part(step=3, indices=range(12, 16, 2)))
-    assert set(stage.samples._coming) - {4, 5, 6, 7} == {13, 15}
+    assert set(stage.samples.coming) - {4, 5, 6, 7} == {13, 15}
 
 
 def test_other_pictures_are_refused(values: dict[str, Any]) -> None:

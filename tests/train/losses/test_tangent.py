@@ -182,7 +182,7 @@ def rules() -> dict[str, Callable[[], Rule]]:
         def rule(x: Dual, embedding: Dual) -> Dual:
             return dual.output(model, x, embedding).map(lambda half: model.unpatchify(half, grid))
 
-        return lambda x, e: model._to_latent(x, e, grid), rule, [random(B, 6, D), random(B, D)]
+        return lambda x, e: model.to_latent(x, e, grid), rule, [random(B, 6, D), random(B, D)]
 
     def time(which: int) -> Rule:
         model, guidance = tiny_transformer("sprint").double(), torch.tensor([1.0, 3.0, 5.0]).double()

@@ -37,16 +37,16 @@ class Ahead(Generic[Result]):
     def __init__(self, read: Callable[[int], Result], *, is_concurrent: bool) -> None:
         self.read = read
         self._pool = ThreadPoolExecutor(NUM_THREADS) if is_concurrent else None
-        self._coming: dict[int, Future[Result]] = {}
+        self.coming: dict[int, Future[Result]] = {}
 
     def expect(self, positions: Iterable[int]) -> None:
         """Starts to read what is not under way already."""
         if self._pool is not None:
             for position in positions:
-                if position not in self._coming:
-                    self._coming[position] = self._pool.submit(self.read, position)
+                if position not in self.coming:
+                    self.coming[position] = self._pool.submit(self.read, position)
 
     def __call__(self, position: int) -> Result:
         """The result, waited for or read now. Raises what `read` raises."""
-        coming = self._coming.pop(position, None)
+        coming = self.coming.pop(position, None)
         return self.read(position) if coming is None else coming.result()
