@@ -102,17 +102,24 @@ def measure(student: Student, *, count: int = 4000, seed: int = 1) -> Measured:
     """Measures a student on `count` points."""
     torch.manual_seed(seed)
     data, noise, top = world.draw(count), torch.randn(count, 2), torch.full((count,), T_MAX)
-    one_step = to_clean(noise, student(noise, top), top)
+    first = one_step(student, noise)
     t = T_MAX * torch.rand(count)
     u = add_noise(data, torch.randn(count, 2), t)
     return Measured(
         floor=sliced_wasserstein(world.draw(count), data),
-        one_step=sliced_wasserstein(one_step, data),
+        one_step=sliced_wasserstein(first, data),
         two_steps=sliced_wasserstein(few_steps(student, noise), data),
         teacher=sliced_wasserstein(to_clean(noise, world.teacher(noise, top), top), data),
-        error=_distance(one_step, world.exact(noise, top)),
+        error=_distance(first, world.exact(noise, top)),
         error_midway=_distance(to_clean(u, student(u, t), t), world.exact(u, t)),
     )
+
+
+@torch.no_grad()
+def one_step(student: Student, noise: Tensor) -> Tensor:
+    """One-step samples (B,2) from noise (B,2)."""
+    top = torch.full((len(noise),), T_MAX)
+    return to_clean(noise, student(noise, top), top)
 
 
 @torch.no_grad()

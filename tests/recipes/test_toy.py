@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 
+from recipes.toy import losses as compared
 from recipes.toy import world
-from recipes.toy.distil import distil, measure, sliced_wasserstein
+from recipes.toy.distil import Student, distil, measure, sliced_wasserstein
 from sana_sprint.train.losses.scm import consistency_target
+from sana_sprint.trigflow import flow_denoiser
 
 
 def test_data_have_unit_variance() -> None:
@@ -85,3 +87,38 @@ def test_only_the_whole_loss_leads_there(target, reaches) -> None:
     """A part of the training is enough to tell: the whole loss is at 0.30 to 0.36 by then, each broken one at 1.4 or more."""
     got = measure(distil(num_steps=400, target=target), count=1000)
     assert (got.error < 0.5) == reaches  # a NaN, where a broken loss may end, is not below anything
+
+
+def test_a_student_is_a_velocity_at_negative_time_too() -> None:
+    """At positive times the inverse of the change of variables; at negative ones finite, -1/2 (an angle of -pi/4) included."""
+    torch.manual_seed(0)
+    student, x = Student().double(), torch.randn(64, 2, dtype=torch.float64)
+    velocity = compared.velocity_of(student)
+    t = torch.rand(64, dtype=torch.float64) * math.pi / 2
+    torch.testing.assert_close(flow_denoiser(velocity)(x, t), student(x, t))
+    for flow_t in (-1.0, -0.5, -1e-9, 0.0, 1.0):
+        found = velocity(x, torch.full((64,), flow_t, dtype=torch.float64))
+        assert found.isfinite().all()
+        assert found.abs().max() < 10
+    half = torch.full((64,), 0.5, dtype=torch.float64)
+    assert not torch.allclose(velocity(x, half), velocity(x, -half))
+
+
+@pytest.mark.parametrize("name", compared.METHODS)
+def test_every_compared_loss_spends_its_compute_and_trains(name: str) -> None:
+    torch.manual_seed(0)
+    before = Student()
+    torch.manual_seed(0)
+    after = compared.distil(compared.METHODS[name], passes=200)
+    moved = [
+        (a - b).abs().max().item()
+        for a, b in zip(after.net.parameters(), before.net.parameters(), strict=True)
+    ]
+    assert min(moved) > 0
+    assert all(math.isfinite(value) for value in compared.scores(after, count=100).values())
+
+
+def test_twinflow_leads_towards_the_data() -> None:
+    torch.manual_seed(0)
+    found = compared.scores(compared.distil(compared.METHODS["TwinFlow"], passes=1000), count=1000)
+    assert found["error"] < 1.0  # the teacher's single step: 1.4
