@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
+
+from checkouts.environment import environment
 
 BENCHMARKS = Path(__file__).resolve().parent
 
@@ -69,22 +70,6 @@ def parse() -> argparse.Namespace:
 
 
 # ----- running --------------------------------------------------------------------------------------------------------
-
-
-def environment(checkout: Path, threads: int, work: Path) -> dict[str, str]:
-    """For a process that imports the package of `checkout`, and nothing from the caches of this machine."""
-    checkout = checkout.resolve()
-    if not (checkout / "src" / "sana_sprint").is_dir():
-        raise SystemExit(f"{checkout} is no checkout: it has no src/sana_sprint")
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(map(str, (checkout / "src", BENCHMARKS, checkout))),
-        "PYTHONHASHSEED": "0",
-        "CHECKOUT": str(checkout),
-        "OMP_NUM_THREADS": str(threads),
-        "SANA_SPRINT_CACHE": str(work / "cache"),
-        "HF_HUB_OFFLINE": "1",
-    }
 
 
 def probe(checkout: Path, threads: int, work: Path, *words: object) -> subprocess.Popen[bytes]:

@@ -174,7 +174,7 @@ class Ours:
             autocast=lambda: self.autocast,
             report=print,
         )
-        self.losses = make_losses(self.distillation)
+        self.losses = make_losses(self.distillation, config.sections())
         self.student = Student(self.models.student, task.u0[0].numel()).to(device)
         self.distillation.student = self.student
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=LEARNING_RATE)

@@ -18,6 +18,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from checkouts.environment import environment
+
 CASES = ("transformer", "decode-512", "decode-1024", "embedded-1", "embedded-8")
 TOKENS = 20
 
@@ -95,7 +97,6 @@ def compare_speed(old: Path, new: Path, rounds: int, patterns: list[str] | None,
 
     With one thread the processor's seconds mean something even where other programs take their share of it.
     """
-    from compare_checkouts import environment
 
     print(
         "| case | old s | new s | new/old | old cpu s | new cpu s | new/old | old GiB | new GiB | new/old | cpu |"

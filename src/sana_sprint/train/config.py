@@ -7,7 +7,6 @@ values are TOML too.
 from __future__ import annotations
 
 import json
-import math
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from pydantic import Field, TypeAdapter, ValidationError, create_model, model_va
 
 from sana_sprint.sampling import PUBLISHED_GUIDANCE
 from sana_sprint.train.losses import LOSSES
-from sana_sprint.train.sections import OptimizerConfig, Section
+from sana_sprint.train.sections import DataConfig, DistillationRun, LatentRun, OptimizerConfig, Run, Section
 
 # Fields in which a run may differ from the checkpoint it continues from: its length, its reports, and how the work is
 # laid out on the machine.
@@ -39,62 +38,7 @@ MAY_CHANGE = frozenset(
 )
 
 
-class DataConfig(Section):
-    """The source of samples, see `data.open_source`."""
-
-    source: str
-    # Native side in pixels, to which pictures are scaled and cropped: to a square for the autoencoder, else to the nearest
-    # aspect bucket. None: they have one size, which fits, already.
-    size: int | None = Field(default=None, ge=1)
-    # Part of the samples that may be unreadable; more are an error.
-    max_bad_fraction: float = Field(default=0.02, ge=0, lt=1)
-
-
-class LatentDataConfig(DataConfig):
-    """Samples whose latents are computed once and then trained on."""
-
-    # Upper limit.
-    num_samples: int = Field(default=20_000, ge=1)
-
-
-class ScheduleConfig(Section):
-    """Length, batch size, and the intervals of reports and checkpoints (in steps)."""
-
-    steps: int = Field(ge=1)
-    batch_size: int = Field(ge=1)
-    # Parts that a process computes one after the other for a step, so that a large batch fits into memory.
-    accumulation: int = Field(default=1, ge=1)
-    log_every: int = Field(default=20, ge=1)
-    sample_every: int = Field(default=500, ge=1)
-    save_every: int = Field(default=500, ge=1)
-    # The newest so many checkpoints stay.
-    keep_checkpoints: int = Field(default=2, ge=1)
-
-
-class _Run(Section):
-    output: Path
-    seed: int = 0
-    # From where to continue: "auto" = the newest checkpoint in `output`, if there is one; "latest" = it must be there;
-    # "never" = none may be there; or the path of a checkpoint.
-    resume: str = "auto"
-    # bf16 = autocast over fp32 weights.
-    precision: Literal["fp32", "bf16"] = "bf16"
-    # With several processes: "shard" divides the optimisers' states and the average over them instead of copying both.
-    distribution: Literal["replicate", "shard"] = "replicate"
-    # The warmed-up decay of the weights' moving average, which is what validation sees and what is exported.
-    ema_decay: float = Field(default=0.999, ge=0, lt=1)
-    # Log to TensorBoard as well (pip install "sana-sprint[train]").
-    tensorboard: bool = False
-    optimizer: OptimizerConfig = OptimizerConfig()
-    schedule: ScheduleConfig
-
-    @property
-    def optimizers(self) -> tuple[OptimizerConfig, ...]:
-        """One for each of the stage's players, in order."""
-        return (self.optimizer,)
-
-
-class AutoencoderRun(_Run):
+class AutoencoderRun(Run):
     """Trains a DC-AE on pictures, from scratch or from a folder."""
 
     stage: Literal["autoencoder"]
@@ -114,10 +58,9 @@ class AutoencoderRun(_Run):
         return self
 
 
-class _FlowRun(_Run):
+class _FlowRun(LatentRun):
     """Flow matching on cached latents."""
 
-    data: LatentDataConfig
     # Recompute each block's activations in the backward pass instead of keeping them.
     gradient_checkpointing: bool = False
     # Captions are dropped with this probability, so that guidance has an unconditional model.
@@ -183,39 +126,10 @@ class AdaptationRun(_FlowRun):
     cache_text: bool = False
 
 
-class _StudentFields(_Run):
+class _StudentFields(DistillationRun):
     """Distils a teacher run into a student for few steps. Each loss of `losses.LOSSES` adds its section."""
 
     stage: Literal["student"]
-    # A pipeline folder whose student, or control branch, goes on learning; without it that starts as its teacher.
-    start: Path | None = None
-    data: LatentDataConfig
-    # Recompute each block's activations in the backward pass instead of keeping them.
-    gradient_checkpointing: bool = False
-    teacher: Path
-    # Encode all captions once and keep them on disk, rather than at every visit.
-    cache_text: bool = False
-    # Factor of the consistency loss; 0 leaves it out.
-    scm_weight: float = Field(default=1.0, ge=0)
-    # Part of the pictures that the student draws in one step for these two losses which start from pure noise (the
-    # paper's max-time weighting).
-    max_time_rate: float = Field(default=0.5, ge=0, le=1)
-    # Recompute the student's blocks for the backward pass of those losses instead of keeping their activations while the
-    # consistency loss makes its own.
-    recompute_pictures: bool = True
-    # Guidance scales the student learns, drawn uniformly; they are an input of the student.
-    guidance_scales: tuple[float, ...] = Field(default=(4.0, 4.5, 5.0), min_length=1)
-    # How the teacher is guided: see `flow.guided`.
-    guidance_projected: bool = False
-    guidance_limit: float = Field(default=math.inf, gt=0)
-    guidance_from: float = Field(default=0.0, ge=0, lt=1)
-    # How dF/dt is computed: see `tangent.make_tangent`.
-    tangent: Literal["dual", "jvp", "difference"] = "dual"
-    # Steps, of both players, over which the tangent's weight r grows from 0 to 1.
-    tangent_warmup_steps: int = Field(default=100, ge=0)
-    time_mean: float = 0.2
-    time_std: float = Field(default=1.6, gt=0)
-    instruction_rate: float = Field(default=0.5, ge=0, le=1)
 
     @model_validator(mode="after")
     def _has_a_loss(self) -> Self:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,9 @@ from sana_sprint.models.transformer import CaptionContext
 from sana_sprint.train.cache.latents import LatentCache
 from sana_sprint.train.data.sampler import Part
 from sana_sprint.train.losses.flow import guided
-from sana_sprint.train.models.base import FlowModel, velocity_of
+from sana_sprint.train.models.base import Embed, FlowModel, velocity_of
 from sana_sprint.train.models.student import Student
+from sana_sprint.train.sections import DistillationRun
 from sana_sprint.trigflow import (
     T_MAX,
     Denoiser,
@@ -28,11 +29,6 @@ from sana_sprint.trigflow import (
     lognormal_times,
     to_clean,
 )
-
-if TYPE_CHECKING:
-    from sana_sprint.train.config import StudentRun
-    from sana_sprint.train.losses.base import Loss
-    from sana_sprint.train.stages.captions import Embed
 
 SEED_STRIDE = 1_000_003  # a prime between the seeds of a run's trajectories
 
@@ -91,7 +87,7 @@ class Distillation:
 
     def __init__(
         self,
-        config: StudentRun,
+        config: DistillationRun,
         models: DistillationModels,
         cache: LatentCache,
         embed: Embed,
@@ -106,7 +102,7 @@ class Distillation:
         self.embed = embed
         self.device = device
         self.report = report
-        self.losses: list[Loss] = []
+        self.losses: list[object] = []
         self._autocast = autocast
         for model in (models.teacher, models.student):
             self.prepare(model)

@@ -7,7 +7,6 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -28,9 +27,7 @@ from sana_sprint.train.data.source import (
     open_source,
     refuse_too_many,
 )
-
-if TYPE_CHECKING:
-    from sana_sprint.train.config import AdaptationRun, ControlTeacherRun, StudentRun, TeacherRun
+from sana_sprint.train.sections import LatentRun
 
 _FORMAT = "latents 2: bf16, of a bf16 autocast"  # part of every key; changes with what the files hold
 _Shape = tuple[int, int, int]
@@ -104,7 +101,7 @@ class LatentCache:
 
 
 def latents_of_run(
-    config: TeacherRun | AdaptationRun | ControlTeacherRun | StudentRun,
+    config: LatentRun,
     autoencoder: AutoencoderDC,
     *,
     num_validation: int,

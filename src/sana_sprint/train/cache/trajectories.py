@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field
@@ -13,11 +12,8 @@ from torch import Tensor, nn
 
 from sana_sprint.train.cache.files import PART_SIZE, Part, cut, digest, make_parts, read_part, write_part
 from sana_sprint.train.data.sampler import BucketOrder
-from sana_sprint.train.sections import Section
+from sana_sprint.train.sections import DistillationRun, Section
 from sana_sprint.trigflow import T_MAX, Velocity, expand_like, flow_to_trig, trig_to_flow
-
-if TYPE_CHECKING:
-    from sana_sprint.train.config import StudentRun
 
 _FORMAT = "trajectories 1: bf16"  # part of every key; changes with what the files hold
 CHUNK_SIZE = 64  # trajectories that are computed together; they have one shape and one way of prompting
@@ -173,7 +169,7 @@ def cached_trajectories(
 
 
 def trajectory_settings(
-    config: StudentRun, latents: Mapping[str, str], text_encoder: nn.Module, *teacher: nn.Module
+    config: DistillationRun, latents: Mapping[str, str], text_encoder: nn.Module, *teacher: nn.Module
 ) -> Sequence[object]:
     """The dependencies of a run's trajectories beside their own settings, as `files.digest` takes them.
 

@@ -1,13 +1,14 @@
-"""The interface of the flow models that losses use, and their velocity as a function."""
+"""The interfaces of the flow models and the caption encoding that losses use."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from sana_sprint.models.text_encoder import PromptEmbeddings
 from sana_sprint.models.transformer import CaptionContext, SanaTransformerBlock, TransformerConfig
 from sana_sprint.trigflow import Velocity
 
@@ -47,3 +48,9 @@ def velocity_of(transformer: FlowModel, context: CaptionContext, guidance: Tenso
     """The transformer as a function of noisy latents and flow time in [0,1], with these captions and guidance scales (B,)."""
     scale = transformer.config.time_scale
     return lambda x, flow_t: transformer(x, flow_t * scale, context, guidance)
+
+
+class Embed(Protocol):
+    """Embeddings of captions, with or without the complex human instruction in front."""
+
+    def __call__(self, captions: Sequence[str], *, instruction: bool) -> PromptEmbeddings: ...

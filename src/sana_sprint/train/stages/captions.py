@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Protocol
 
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from sana_sprint.models.transformer import (
 from sana_sprint.prompts import COMPLEX_HUMAN_INSTRUCTION
 from sana_sprint.train.cache.embeddings import cached_embeddings
 from sana_sprint.train.config import AdaptationRun, ControlTeacherRun, StudentRun
+from sana_sprint.train.models.base import Embed
 
 FrozenTextRun = AdaptationRun | ControlTeacherRun | StudentRun  # with a frozen text encoder
 
@@ -29,12 +29,6 @@ def embed(encoder: PromptEncoder, captions: Sequence[str], *, instruction: bool)
     return encoder.encode(
         captions, complex_human_instruction=COMPLEX_HUMAN_INSTRUCTION if instruction else None
     )
-
-
-class Embed(Protocol):
-    """Embeddings of captions, with or without the complex human instruction in front."""
-
-    def __call__(self, captions: Sequence[str], *, instruction: bool) -> PromptEmbeddings: ...
 
 
 def frozen_embed(

@@ -20,10 +20,10 @@ from sana_sprint.train.config import AdaptationRun, ControlTeacherRun, TeacherRu
 from sana_sprint.train.data import channels_last
 from sana_sprint.train.losses.flow import flow_loss, guided, logit_normal_times, sample_flow
 from sana_sprint.train.metrics import by_level
-from sana_sprint.train.models.base import velocity_of
+from sana_sprint.train.models.base import Embed, velocity_of
 from sana_sprint.train.models.text_encoder import save_text
 from sana_sprint.train.stages.base import Metrics, Part, Report, autocast
-from sana_sprint.train.stages.captions import Embed, drop_captions, embed, unconditional
+from sana_sprint.train.stages.captions import drop_captions, embed, unconditional
 from sana_sprint.trigflow import Velocity
 from sana_sprint.weights import load_model, save_model
 

@@ -35,6 +35,7 @@ from sana_sprint.train.losses import LOSSES
 from sana_sprint.train.losses.base import Loss
 from sana_sprint.train.models.base import FlowModel
 from sana_sprint.train.models.student import Student, with_guidance
+from sana_sprint.train.sections import Section
 from sana_sprint.train.stages.base import Metrics, Part, Report, autocast
 from sana_sprint.train.stages.captions import embed, frozen_embed
 from sana_sprint.trigflow import flow_denoiser
@@ -160,7 +161,7 @@ class StudentStage:
             autocast=partial(autocast, config),
             report=report,
         )
-        self.losses = make_losses(self.distillation)
+        self.losses = make_losses(self.distillation, config.sections())
         size = math.prod(source.cache.shape)
         self.student = Student(self.models.student, size, self.models.trained).to(distributed.device())
         self.distillation.student = self.student
@@ -234,13 +235,14 @@ class StudentStage:
         self.models.export(folder)
 
 
-def make_losses(distillation: Distillation) -> list[Loss]:
-    """The losses that the run asks for, in the order of `losses.LOSSES`."""
-    sections = distillation.config.sections()
+def make_losses(distillation: Distillation, sections: Mapping[str, Section]) -> list[Loss]:
+    """The losses that a run asks for, from its sections, in the order of `losses.LOSSES`."""
+    losses: list[Loss] = []
     for name, loss in LOSSES.items():
         if (made := loss.make(distillation, sections.get(name))) is not None:
+            losses.append(made)
             distillation.losses.append(made)
-    return distillation.losses
+    return losses
 
 
 def sprint_index(tokenizer_class: str) -> ModelIndex:
