@@ -12,20 +12,9 @@ from itertools import product
 
 import numpy as np
 
-# sRGB. Chosen apart from one another: the nearest two are 92 levels apart.
-COLORS: dict[str, tuple[int, int, int]] = {
-    "white": (255, 255, 255),
-    "black": (0, 0, 0),
-    "red": (190, 20, 30),
-    "green": (20, 120, 50),
-    "blue": (30, 70, 190),
-    "yellow": (255, 240, 120),
-    "pink": (255, 175, 205),
-    "purple": (110, 50, 150),
-    "orange": (240, 130, 20),
-    "gray": (128, 128, 128),
-    "brown": (100, 60, 30),
-}
+from recipes.emoji import vocabulary
+
+COLORS = vocabulary.BACKGROUNDS  # the nearest two are 92 levels apart, as an RGB distance
 PATTERNS = ("gradient", "stripes", "dots", "checks")
 _MIN_CONTRAST = 140.0  # levels between a pattern's two colours, as an RGB distance
 _PERIODS = (4, 5, 6)  # repetitions across the picture
