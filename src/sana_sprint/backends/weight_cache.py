@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def all_tensors(*models: nn.Module) -> list[Tensor]:
-    """All parameters and buffers, one that is shared as often as it is found.
+    """All parameters and buffers; shared ones are repeated.
 
     `parameters()` makes every tensor's name and takes five times as long.
     """
@@ -22,7 +22,7 @@ def all_tensors(*models: nn.Module) -> list[Tensor]:
 
 
 def all_modules(*models: nn.Module) -> list[nn.Module]:
-    """The models and all modules inside, one that is shared as often as it is found."""
+    """The models and all modules inside; shared ones are repeated."""
     modules: list[nn.Module | None] = list(models)
     for module in modules:  # grows on the way
         if module is not None:
@@ -31,7 +31,7 @@ def all_modules(*models: nn.Module) -> list[nn.Module]:
 
 
 def weight_version(tensor: Tensor) -> tuple[object, ...]:
-    """Changes when a weight is replaced, moved, cast or, as far as torch counts that, written to."""
+    """A value that differs after any replacement, move, cast or in-place write that torch versions."""
     return (
         # Quantised and sharded parameters are subclasses that may have no storage of their own.
         tensor.data_ptr() if type(tensor) in (nn.Parameter, Tensor) else id(tensor),

@@ -32,7 +32,7 @@ def run(
         should_stop: asked after every step, in every process; one that says yes makes the run save and end.
 
     Returns:
-        True when the last step was done and the model exported; False when it was told to stop before.
+        True when the last step was done and the model exported; False when it was stopped before.
 
     Raises:
         ValueError: the batch cannot be divided, or the checkpoint to resume is missing, another run's, or
@@ -65,7 +65,7 @@ def _train(
     report: Report,
     should_stop: Callable[[], bool],
 ) -> bool:
-    """All steps from `step` on, with what is due after each; False if told to stop."""
+    """All steps from `step` on, with what is due after each; False if stopped."""
     schedule = config.schedule
 
     def validate() -> None:

@@ -100,7 +100,7 @@ class LatentRun(Run):
 class DistillationRun(LatentRun):
     """The fields of a distillation beside the sections of its losses."""
 
-    # A pipeline folder whose student, or control branch, goes on learning; without it that starts as its teacher.
+    # A pipeline folder whose student, or control branch, is trained further; without it, it starts as its teacher.
     start: Path | None = None
     # Recompute each block's activations in the backward pass instead of keeping them.
     gradient_checkpointing: bool = False

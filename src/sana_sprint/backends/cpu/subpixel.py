@@ -32,7 +32,7 @@ cached_kernels = CachedFromWeight(phase_kernels)
 
 
 def phase_convolution(conv: nn.Conv2d) -> nn.Conv2d:
-    """The convolution that gives the phases of a grid, see `upsample`, from the 3x3 one of its repeated pixels."""
+    """A 3x3 convolution after 2x nearest upsampling as four 2x2 convolutions, see `upsample`."""
     weight, bias = phase_kernels(conv.weight.detach()), conv.bias
     phases = nn.Conv2d(
         conv.in_channels, len(weight), 2, padding=(0, 1), bias=bias is not None, device="meta"
@@ -46,7 +46,7 @@ def phase_convolution(conv: nn.Conv2d) -> nn.Conv2d:
 def upsample(x: Tensor, convolve: Callable[[Tensor], Tensor], channels: int, repeats: int | None) -> Tensor:
     """The small grid (B,I,H,W) -> (B,C,2H,2W), C = `channels`.
 
-    `convolve` gives the phases of a grid, padded by a column of zeros at each side: (B,I,h,W) -> (B,4*C,h-1,W+1).
+    `convolve` computes the four phases of a grid, padded by a column of zeros at each side: (B,I,h,W) -> (B,4*C,h-1,W+1).
     `repeats` adds the shortcut: each channel of `x` so many times in a row, shuffled into pixels.
     """
     batch, _, height, width = x.shape

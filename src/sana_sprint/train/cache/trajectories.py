@@ -210,7 +210,7 @@ def _packed(chunks: Sequence[Traced]) -> Part:
 def _unpacked(part: Part) -> list[Traced]:
     tensors, facts = part
     chunks: list[Traced] = []
-    for i, told in enumerate(facts["chunks"]):
+    for i, chunk in enumerate(facts["chunks"]):
         points, flow_t, guidance, indices = (tensors[f"{i}.{name}"] for name in _TENSORS)
-        chunks.append(Traced(points, flow_t, guidance, indices, told["captions"], told["instruction"]))
+        chunks.append(Traced(points, flow_t, guidance, indices, chunk["captions"], chunk["instruction"]))
     return chunks

@@ -27,7 +27,7 @@ def read_ahead(read: Callable[[int], Result], positions: Iterable[int]) -> Itera
 class Ahead(Generic[Result]):
     """`read`, some of whose results are being made by threads when they are asked for.
 
-    What is expected changes when a result is there, never what it is. A result is kept until it is asked for, once.
+    Prefetching changes when a result is ready, never its content. A result is kept until it is fetched, once.
 
     Args:
         read: by position; the same result every time.

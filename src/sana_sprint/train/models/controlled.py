@@ -1,4 +1,4 @@
-"""A transformer and the branch that steers it, used where the losses use a transformer; and the pictures to follow."""
+"""A transformer with its control branch as one `FlowModel`, and the source of conditions."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ class FlowStage:
         return self.transformer.encode_caption(embeds, mask)
 
     def velocity(self, context: CaptionContext) -> Velocity:
-        """The model, told its context."""
+        """The model under a context."""
         return velocity_of(self.transformer, context)
 
     def validate(self, folder: Path, step: int) -> Metrics:
@@ -99,8 +99,10 @@ class FlowStage:
         noise = noise.to(self.device)
         with autocast(self.config):
             embeddings = embed(self.encoder, self.validation_captions, instruction=True)
-            told, untold = self.validation_contexts(embeddings)
-            velocity = guided(self.velocity(told), self.velocity(untold), self.config.guidance_scale)
+            captioned, uncaptioned = self.validation_contexts(embeddings)
+            velocity = guided(
+                self.velocity(captioned), self.velocity(uncaptioned), self.config.guidance_scale
+            )
             latent = sample_flow(velocity, noise)
             image = self.autoencoder.decode(latent / self.autoencoder.config.scaling_factor)
         folder.mkdir(parents=True, exist_ok=True)
