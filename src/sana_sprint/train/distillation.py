@@ -141,10 +141,6 @@ class Distillation:
             start=self.config.guidance_from,
         )
 
-    def velocity(self, model: FlowModel, context: CaptionContext, guidance: Tensor) -> Velocity:
-        """A model with guidance embedding as a function of noisy latents and flow time."""
-        return velocity_of(model, context, guidance)
-
     def draw_times(self, count: int) -> Tensor:
         """Angles of the consistency loss: (count,)."""
         return lognormal_times(
@@ -225,7 +221,7 @@ class Batch:
     @cached_property
     def student(self) -> Denoiser:
         """The student with its context and guidance scales."""
-        return flow_denoiser(self.distillation.velocity(self.models.student, self.context, self.guidance))
+        return flow_denoiser(self.velocity(self.models.student))
 
     @cached_property
     def teacher(self) -> Velocity:
@@ -244,7 +240,8 @@ class Batch:
 
     def velocity(self, model: FlowModel) -> Velocity:
         """A model with guidance embedding under the batch's captions and guidance scales."""
-        return self.distillation.velocity(model, self._context(model), self.guidance)
+        context = self.context if model is self.models.student else self._context(model)
+        return velocity_of(model, context, self.guidance)
 
     def draw_times(self) -> Tensor:
         """Fresh angles of the consistency loss: (B,)."""

@@ -12,11 +12,16 @@ from torch.optim import Optimizer
 from sana_sprint.torch_private import lerp_all
 
 
-class EMA:
-    """Exponential moving average of named parameters, in fp32.
+def averaging_weight(decay: float, step: int) -> float:
+    """The weight of the newest parameters in an average at step `step` (from 0).
 
     The decay warms up as (1 + step) / (10 + step), so that early averages forget the initial weights.
     """
+    return 1 - min(decay, (1 + step) / (10 + step))
+
+
+class EMA:
+    """Exponential moving average of named parameters, in fp32, with the weights of `averaging_weight`."""
 
     def __init__(self, parameters: Mapping[str, Tensor], decay: float) -> None:
         self.decay = decay
@@ -26,7 +31,7 @@ class EMA:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Moves the average towards the parameters after optimiser step `step` (from 0)."""
-        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        weight = averaging_weight(self.decay, step)
         if self.weights:
             live = [p.detach().float() for p in self.parameters.values()]
             lerp_all(list(self.weights.values()), live, weight)

@@ -23,6 +23,7 @@ from sana_sprint.train.cache.trajectories import (
 )
 from sana_sprint.train.losses.base import Loss
 from sana_sprint.train.metrics import Metrics
+from sana_sprint.train.models.base import velocity_of
 from sana_sprint.train.sections import Section
 from sana_sprint.trigflow import add_noise, flow_denoiser, to_clean, trig_to_flow
 
@@ -64,7 +65,7 @@ class TrajectoryRegression(Loss):
             embeddings = d.embed(points.captions, instruction=points.instruction)
         student = d.models.student
         context = d.models.context(student, embeddings.embeds, embeddings.mask, points.indices)
-        F = flow_denoiser(d.velocity(student, context, guidance))(u, t).float()
+        F = flow_denoiser(velocity_of(student, context, guidance))(u, t).float()
         loss = end_loss(to_clean(u, F, t), points.end.to(d.device))
         return self.trajectories.config.weight * loss, {"trajectory_loss": loss.item()}
 

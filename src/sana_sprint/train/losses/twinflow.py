@@ -26,6 +26,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from sana_sprint.train.ema import averaging_weight
 from sana_sprint.train.losses.base import Loss
 from sana_sprint.train.losses.flow import flow_loss, logit_normal_times
 from sana_sprint.train.metrics import Metrics
@@ -137,7 +138,7 @@ class TwinFlow(Loss):
         if step == self._averaged_at:
             return
         self._averaged_at = step
-        weight = 1 - min(self.config.ema_decay, (1 + step) / (10 + step))
+        weight = averaging_weight(self.config.ema_decay, step)
         averaged = self.kept["averaged_student"].parameters()
         for average, live in zip(averaged, self.trained.parameters(), strict=True):
             average.lerp_(live, weight)
