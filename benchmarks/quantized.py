@@ -111,11 +111,11 @@ def workload(
     generator = torch.Generator().manual_seed(0)
     shape = (1, config.in_channels, side, side)
     noise = torch.randn(shape, generator=generator).to(arguments.device)
-    embeds, mask = plain.encode_prompt(PROMPTS)
+    embeds, mask = plain.encode_prompt(PROMPTS, padding="longest")
     if component == "text_encoder":
 
         def encode(pipe: SanaSprintPipeline) -> Tensor:
-            return pipe.encode_prompt(PROMPTS)[0][mask]
+            return pipe.encode_prompt(PROMPTS, padding="longest")[0][mask.bool()]
 
         return encode
     if component == "vae":

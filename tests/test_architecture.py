@@ -27,6 +27,7 @@ LEVELS = {
     "prompts": 0,
     "torch_private": 0,
     "vocabulary": 0,
+    "notices": 0,
     "precision": 0,
     "noise": 1,
     "stopping": 0,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sana_sprint.noise import MAX_SEED, draw_noise, image_seeds, make_generators
+from sana_sprint.noise import MAX_SEED, draw_noise, image_seeds, make_generators, system_seed
 
 
 def test_seeds_count_up_from_one_number():
@@ -12,12 +12,23 @@ def test_seeds_count_up_from_one_number():
     assert image_seeds(MAX_SEED, 1) == [MAX_SEED]
 
 
-def test_random_seeds_differ_and_leave_the_global_generator_alone():
-    state = torch.get_rng_state()
+def test_random_seeds_are_drawn_from_the_global_generator():
+    torch.manual_seed(5)
     first, second = image_seeds(None, 2), image_seeds(None, 2)
     assert first != second  # equal once in 2**32 runs
     assert first == image_seeds(first[0], 2)
-    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(5)
+    assert image_seeds(None, 2) == first
+
+
+def test_seeds_of_the_system_do_not_follow_the_global_generator():
+    """It is the same in each new process, where two runs of a command must differ."""
+    seeds = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        seeds.append(system_seed())
+    assert seeds[0] != seeds[1]  # equal once in 2**32 runs
+    assert all(0 <= seed < 2**32 for seed in seeds)
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,23 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sana_sprint.sampling import PRESETS, PUBLISHED_MAX, at_any_step, consistency, euler, heun, schedule
-from sana_sprint.stopping import Stopped
+from sana_sprint.sampling import (
+    PRESETS,
+    PUBLISHED_INTERMEDIATE,
+    PUBLISHED_MAX,
+    at_any_step,
+    consistency,
+    euler,
+    heun,
+    schedule,
+)
+from sana_sprint.stopping import Interrupt, Stopped
 from sana_sprint.trigflow import flow_denoiser
 
 SHAPE = (2, 3, 4, 5)
@@ -57,9 +67,17 @@ def test_times_are_total_and_fall_strictly(num_steps, t_max):
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 5, 20])
 def test_default_arguments_of_the_published_pipeline_never_raise(num_steps):
     """The published scheduler refuses its own default intermediate time for every step count but 2."""
-    times = schedule(num_steps, max_timesteps=1.57080, intermediate_timesteps=1.3)
+    times = schedule(num_steps, max_timesteps=PUBLISHED_MAX, intermediate_timesteps=PUBLISHED_INTERMEDIATE)
     assert times[0] == 1.57080
     assert times[1:] == schedule(num_steps)[1:]
+    assert {type(t) for t in times} == {float}
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 20, 10_000])
+def test_without_intermediate_time_distances_are_equal(num_steps):
+    times = schedule(num_steps, max_timesteps=1.5, intermediate_timesteps=None)
+    assert times == pytest.approx(np.linspace(1.5, 0, num_steps + 1), abs=1e-12)
+    assert times[-1] == 0.0
 
 
 def test_later_times_stay_below_a_smaller_first_time_or_shrink():
@@ -68,16 +86,20 @@ def test_later_times_stay_below_a_smaller_first_time_or_shrink():
     assert shrunk == pytest.approx([t * 1.2 / 1.5683 for t in (1.5683, 1.3, 1.1, 0.6, 0.0)], abs=1e-12)
 
 
-def test_intermediate_time_counts_only_for_two_steps():
+def test_the_intermediate_time_is_that_of_two_steps():
     assert schedule(2, intermediate_timesteps=1.1) == [1.5683, 1.1, 0.0]
-    assert schedule(3, intermediate_timesteps=1.1) == schedule(3)
+
+
+def test_the_default_intermediate_time_gives_way_to_a_first_time_below_it():
+    assert schedule(2, max_timesteps=1.2) == pytest.approx([1.2, 1.3 * 1.2 / 1.5683, 0.0], abs=1e-12)
 
 
 @pytest.mark.parametrize(
     "given_times", [[1.5, 1.0, 0.5, 0.0], [1.5, 1.0, 0.5], torch.tensor([1.5, 1.0, 0.5])]
 )
 def test_custom_times_decide_the_number_of_steps(given_times):
-    assert schedule(2, timesteps=given_times, max_timesteps=1.2) == [1.5, 1.0, 0.5, 0.0]
+    assert schedule(2, timesteps=given_times, max_timesteps=PUBLISHED_MAX) == [1.5, 1.0, 0.5, 0.0]
+    assert schedule(2, timesteps=given_times, intermediate_timesteps=None) == [1.5, 1.0, 0.5, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -91,6 +113,13 @@ def test_custom_times_decide_the_number_of_steps(given_times):
         ({"num_steps": 1, "max_timesteps": "high"}, "max_timesteps must be a number, got: 'high'"),
         ({"num_steps": 2, "max_timesteps": 1.3, "intermediate_timesteps": 1.3}, "below .* 1.3; got: 1.3"),
         ({"num_steps": 2, "intermediate_timesteps": 0}, "intermediate_timesteps .* got: 0"),
+        ({"num_steps": 2, "max_timesteps": None, "intermediate_timesteps": None}, "cannot both be None"),
+        ({"num_steps": 3, "intermediate_timesteps": 1.3}, "for 2 steps, not for 3: .* got: 1.3"),
+        ({"num_steps": 2, "timesteps": [1.0], "max_timesteps": 1.5708}, "max_timesteps .* got: 1.5708"),
+        (
+            {"num_steps": 2, "timesteps": [1.0], "intermediate_timesteps": 1.3},
+            "intermediate_timesteps .* got: 1.3",
+        ),
         ({"num_steps": 2, "timesteps": [1.0, 1.2]}, r"\[1.0, 1.2, 0.0\]"),
         ({"num_steps": 2, "timesteps": [1.0, 1.0, 0.0]}, "each below the one before"),
         ({"num_steps": 2, "timesteps": [1.6, 1.0]}, "at most 1.5708"),
@@ -165,18 +194,37 @@ def test_noise_is_drawn_only_between_steps(num_steps):
     assert len(draws) == num_steps - 1
 
 
-def test_on_step_sees_every_sample_and_may_replace_it():
+@pytest.mark.parametrize("sampler", [consistency, euler, heun])
+def test_on_step_sees_every_sample_and_may_replace_it_before_the_next_step(sampler):
     seen = []
 
     def on_step(i, t, u):
         seen.append((i, t, u.clone()))
-        return torch.ones_like(u) if i == 1 else None
+        return torch.ones_like(u)
 
-    final = consistency(
-        lambda u, t, step: u, normal(0), [1.5, 1.0, 0.0], draw_noise=lambda: normal(1), on_step=on_step
-    )
+    def run(start, times, **settings):
+        return sampler(lambda u, t, step: u, start, times, draw_noise=lambda: normal(1), **settings)
+
+    final = run(normal(0), [1.5, 1.0, 0.0], on_step=on_step)
     assert [(i, t) for i, t, _ in seen] == [(0, 1.5), (1, 1.0)]
-    assert torch.equal(final, torch.ones(SHAPE))
+    # The second step began from ones; what replaced its own result came too late.
+    assert torch.equal(final, run(torch.ones(SHAPE), [1.0, 0.0]))
+    assert torch.equal(final, seen[-1][2])
+
+
+@pytest.mark.parametrize("sampler", [consistency, euler, heun])
+def test_an_interrupt_ends_with_the_clean_estimate_of_its_step(sampler):
+    steps = []
+
+    def on_step(i, t, u):
+        steps.append(i)
+        raise Interrupt
+
+    def run(times, **settings):
+        return sampler(lambda u, t, step: u, normal(0), times, draw_noise=lambda: normal(1), **settings)
+
+    assert torch.equal(run([1.5, 1.0, 0.0], on_step=on_step), run([1.5, 0.0]))
+    assert steps == [0]
 
 
 # ----- differential equations with a known solution ------------------------------------------------------------------

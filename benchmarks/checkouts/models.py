@@ -147,7 +147,7 @@ def quantized_autoencoder(record: Record, name: str, preset: str) -> None:
 def scheduler(record: Record) -> None:
     steps = SCMScheduler()
     for count in (1, 2, 3, 4):
-        steps.set_timesteps(count, intermediate_timesteps=1.3 if count == 2 else None)
+        steps.set_timesteps(count)
         record.note(f"{count} times", steps.timesteps)
         sample = noise(2, 4, 6, 6)
         generator = torch.Generator().manual_seed(7)

@@ -310,12 +310,12 @@ def prompts(record: Record) -> None:
     instructions: dict[str, Any] = {"none": None, "two lines": ["Draw it.", "User: "]}
     for name, lines in instructions.items():
         for _ in range(2):  # the second time from what was kept
-            made = pipe.encode_prompt(texts, complex_human_instruction=lines, max_sequence_length=40)
-            record.note(f"instruction {name}", made)
+            made = pipe.prompt_encoder.encode(texts, complex_human_instruction=lines, max_sequence_length=40)
+            record.note(f"instruction {name}", [made.embeds, made.mask])
     encoder = type(pipe.prompt_encoder)(pipe.tokenizer, pipe.text_encoder)  # with its cache
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
             made = encoder.encode(texts, complex_human_instruction=["Draw it.", "User: "])
             record.note(f"gradients {grad}", [made.embeds, made.mask])
             record.note(f"gradients {grad}: counts", [made.truncated, made.num_tokens, made.lost_tokens])
-    record.note("repeated", pipe.encode_prompt("a star", num_images_per_prompt=3))
+    record.note("repeated", pipe.prompt_encoder.encode(["a star"]).repeat(3).embeds)

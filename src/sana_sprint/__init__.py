@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sana_sprint.models.text_encoder import PromptEncoder
     from sana_sprint.models.transformer import SanaTransformer2DModel
     from sana_sprint.pipelines.controlnet import SanaSprintControlNetPipeline
-    from sana_sprint.pipelines.output import SanaSprintOutput
+    from sana_sprint.pipelines.output import SanaPipelineOutput, SanaSprintOutput
     from sana_sprint.pipelines.text_to_image import SanaSprintPipeline
     from sana_sprint.scheduler import SCMScheduler
     from sana_sprint.stopping import Stopped
@@ -28,6 +28,7 @@ __all__ = [
     "PromptEncoder",
     "SCMScheduler",
     "SanaControlNetModel",
+    "SanaPipelineOutput",
     "SanaSprintControlNetPipeline",
     "SanaSprintOutput",
     "SanaSprintPipeline",
@@ -43,6 +44,7 @@ _HOME = {
     "PromptEncoder": "models.text_encoder",
     "SCMScheduler": "scheduler",
     "SanaControlNetModel": "models.controlnet",
+    "SanaPipelineOutput": "pipelines.output",
     "SanaSprintControlNetPipeline": "pipelines.controlnet",
     "SanaSprintOutput": "pipelines.output",
     "SanaSprintPipeline": "pipelines.text_to_image",

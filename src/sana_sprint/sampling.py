@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sana_sprint.stopping import ShouldStop, stop_if
+from sana_sprint.stopping import Interrupt, ShouldStop, stop_if
 from sana_sprint.trigflow import T_MAX, Denoiser, add_noise, expand_like, to_clean
 
 MAX_STEPS = 10_000  # a list of times is made of any number up to it
@@ -29,8 +29,15 @@ PRESETS: dict[int, tuple[float, ...]] = {
     2: (T_FIRST, 1.3, 0.0),
     4: (T_FIRST, 1.3, 1.1, 0.6, 0.0),
 }
-PUBLISHED_MAX = 1.57080  # the published pipeline's default; pi/2 rounded up, hence the largest time allowed
-PUBLISHED_INTERMEDIATE = 1.3
+
+
+class DefaultTime(float):
+    """A time that nobody gave: a number like any other, but it gives way where a given one would be an error."""
+
+
+# Defaults of the published pipeline. The first one is pi/2 rounded up, hence the largest time allowed.
+PUBLISHED_MAX = DefaultTime(1.57080)
+PUBLISHED_INTERMEDIATE = DefaultTime(1.3)
 PUBLISHED_GUIDANCE = 4.5  # the guidance scale that the published pipeline uses by default
 
 
@@ -41,28 +48,37 @@ def schedule(
     num_steps: int,
     *,
     max_timesteps: float | None = None,
-    intermediate_timesteps: float | None = None,
+    intermediate_timesteps: float | None = PUBLISHED_INTERMEDIATE,
     timesteps: Sequence[float] | Tensor | None = None,
 ) -> list[float]:
     """Times for any number of steps from 1 up.
 
-    1, 2 and 4 steps have the paper's times (table 7). Other numbers read the 4-step curve, whose points lie at 0, 1/4,
-    2/4, 3/4 and 1, at k/num_steps by linear interpolation.
+    By default 1, 2 and 4 steps have the paper's times (table 7). Other numbers read the 4-step curve, whose points lie at 0,
+    1/4, 2/4, 3/4 and 1, at k/num_steps by linear interpolation. docs/math.md has a table of all cases.
 
     Args:
         num_steps: network evaluations; not used when `timesteps` is given.
-        max_timesteps: the first time, in (0, 1.5708]. The other times stay where they are if they are below it;
-            otherwise all shrink in proportion.
-        intermediate_timesteps: the middle time when there are two steps, below the first one. Not used for any other
-            number of steps.
-        timesteps: all times instead: strictly decreasing, in [0, 1.5708]. A final 0 may be left out.
+        max_timesteps: the first time, in (0, 1.5708]; None for the paper's. The other default times stay where they are if
+            they are below it; otherwise all shrink in proportion.
+        intermediate_timesteps: the middle time of two steps, below the first one. None, for any number of steps: equal
+            distances from `max_timesteps` to 0, as published.
+        timesteps: all times instead of the other arguments: strictly decreasing, in [0, 1.5708]. A final 0 may be left out.
 
     Raises:
-        ValueError: naming the value and the allowed ones.
+        ValueError: naming the value and the allowed ones; also for an `intermediate_timesteps` that was given for another
+            number of steps than 2, and for either of the two times along with `timesteps`.
     """
     if timesteps is not None:
+        for name, value in (
+            ("max_timesteps", max_timesteps),
+            ("intermediate_timesteps", intermediate_timesteps),
+        ):
+            if value is not None and not isinstance(value, DefaultTime):
+                raise ValueError(f"{name} cannot be given along with timesteps, got: {value!r}")
         return _custom_times(timesteps)
     num_steps = _check_num_steps(num_steps)
+    if intermediate_timesteps is None:
+        return _even_times(num_steps, max_timesteps)
     times = _preset_times(num_steps)
     if max_timesteps is not None:
         t_max = _check_time("max_timesteps", max_timesteps)
@@ -70,13 +86,28 @@ def schedule(
             times[0] = t_max
         else:
             times = [t * (t_max / times[0]) for t in times]
-    if num_steps == 2 and intermediate_timesteps is not None:
-        times[1] = _check_time("intermediate_timesteps", intermediate_timesteps)
-        if times[1] >= times[0]:
-            raise ValueError(
-                f"intermediate_timesteps must be below the first time, {times[0]:g}; got: {times[1]:g}"
-            )
+    if not isinstance(intermediate_timesteps, DefaultTime):
+        times[1] = _check_intermediate(intermediate_timesteps, num_steps, times[0])
     return times
+
+
+def _even_times(num_steps: int, max_timesteps: float | None) -> list[float]:
+    if max_timesteps is None:
+        raise ValueError("max_timesteps and intermediate_timesteps cannot both be None: give the first time")
+    t_max = _check_time("max_timesteps", max_timesteps)
+    return [t_max * (num_steps - k) / num_steps for k in range(num_steps + 1)]
+
+
+def _check_intermediate(value: float, num_steps: int, first: float) -> float:
+    if num_steps != 2:
+        raise ValueError(
+            f"intermediate_timesteps is for 2 steps, not for {num_steps}: leave it out (the paper's times) or pass None "
+            f"(equal distances); got: {value!r}"
+        )
+    t = _check_time("intermediate_timesteps", value)
+    if t >= first:
+        raise ValueError(f"intermediate_timesteps must be below the first time, {first:g}; got: {t:g}")
+    return t
 
 
 def _preset_times(num_steps: int) -> list[float]:
@@ -134,7 +165,7 @@ def _as_float(name: str, value: float) -> float:
 
 # (u (B,C,H,W) fp32, t (B,) fp32, number of the step from 0) -> F (B,C,H,W) in TrigFlow units
 StepDenoiser = Callable[[Tensor, Tensor, int], Tensor]
-# (step, its time, the sample after it) -> a sample to continue with instead, or None
+# (step, its time, the sample after it) -> a sample to continue with instead, or None; may raise `Interrupt`
 OnStep = Callable[[int, float, Tensor], Tensor | None]
 # (the clean estimate u0 (B,C,H,W) of a step, the step) -> the estimate to use instead
 Constrain = Callable[[Tensor, int], Tensor]
@@ -186,12 +217,12 @@ def consistency(
     `draw_noise` is called once between two steps, never after the last.
     """
 
-    def step(u: Tensor, t: float, t_next: float, i: int) -> Tensor:
+    def step(u: Tensor, t: float, t_next: float, i: int) -> tuple[Tensor, Tensor]:
         angle = angles(t, u)
         clean = to_clean(u, denoiser(u, angle, i), angle)
         if constrain is not None:
             clean = constrain(clean, i)
-        return clean if t_next <= 0 else add_noise(clean, draw_noise(), angles(t_next, u))
+        return clean if t_next <= 0 else add_noise(clean, draw_noise(), angles(t_next, u)), clean
 
     return _iterate(step, u, times, on_step, should_stop)
 
@@ -212,9 +243,9 @@ def euler(
     constant along the path.
     """
 
-    def step(u: Tensor, t: float, t_next: float, i: int) -> Tensor:
+    def step(u: Tensor, t: float, t_next: float, i: int) -> tuple[Tensor, Tensor]:
         clean, noise = _split(denoiser, u, t, i, constrain)
-        return add_noise(clean, noise, angles(t_next, u))
+        return add_noise(clean, noise, angles(t_next, u)), clean
 
     return _iterate(step, u, times, on_step, should_stop)
 
@@ -235,30 +266,39 @@ def heun(
     network's F there is the correction.
     """
 
-    def step(u: Tensor, t: float, t_next: float, i: int) -> Tensor:
+    def step(u: Tensor, t: float, t_next: float, i: int) -> tuple[Tensor, Tensor]:
         clean, noise = _split(denoiser, u, t, i, constrain)
         end = angles(t_next, u)
         predicted = add_noise(clean, noise, end)
         if t_next <= 0:
-            return predicted
+            return predicted, clean
         stop_if(should_stop)
         found = _velocity(*_split(denoiser, predicted, t_next, i, constrain), end)
-        return predicted - (t - t_next) / 2 * (found - _velocity(clean, noise, end))
+        return predicted - (t - t_next) / 2 * (found - _velocity(clean, noise, end)), clean
 
     return _iterate(step, u, times, on_step, should_stop)
 
 
 def _iterate(
-    step: Callable[[Tensor, float, float, int], Tensor],
+    step: Callable[[Tensor, float, float, int], tuple[Tensor, Tensor]],
     u: Tensor,
     times: Sequence[float],
     on_step: OnStep | None,
     should_stop: ShouldStop | None,
 ) -> Tensor:
+    """The last sample. A step gives the next one and the clean estimate, which is the last one at time 0 and on `Interrupt`.
+
+    As published, replacing the sample after the step to time 0 has no effect.
+    """
     for i, (t, t_next) in enumerate(pairwise(times)):
         stop_if(should_stop)
-        u = step(u, t, t_next, i)
-        changed = None if on_step is None else on_step(i, t, u)
+        u, clean = step(u, t, t_next, i)
+        try:
+            changed = None if on_step is None else on_step(i, t, u)
+        except Interrupt:
+            return clean
+        if t_next <= 0:
+            return clean
         u = u if changed is None else changed
     return u
 

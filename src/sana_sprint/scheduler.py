@@ -55,8 +55,8 @@ class SCMScheduler:
     """The published scheduler's interface, for loops written by hand; the pipelines use `schedule` and `sample`.
 
     Samples and model outputs are in data space here, as published: sigma_data times unit space. Differences: any
-    number of steps works with the default arguments; `step` finds its place by `timestep` alone, so steps may be
-    repeated or skipped; and no noise is drawn after the last step.
+    number of steps works with the default arguments; and `step` finds its place by `timestep` alone, so steps may be
+    repeated or skipped.
     """
 
     config_name = "scheduler_config.json"
@@ -80,6 +80,20 @@ class SCMScheduler:
         """A scheduler with these settings. Raises ValueError as `SchedulerConfig.from_dict` does."""
         values = config.to_dict() if isinstance(config, SchedulerConfig) else config
         return cls(**SchedulerConfig.from_dict(values).to_dict())
+
+    @classmethod
+    def taken_from(cls, scheduler: Any) -> SCMScheduler:
+        """A scheduler as it is, or one with the config of another library's object of this name.
+
+        Raises:
+            ValueError: for an object of another class, naming it, and for a config that `from_config` refuses.
+        """
+        if isinstance(scheduler, cls):
+            return scheduler
+        found = type(scheduler).__name__
+        if found != cls.__name__:
+            raise ValueError(f"the scheduler must be an {cls.__name__}, got: {found}")
+        return cls.from_config(dict(scheduler.config))
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], *, subfolder: str | None = None) -> SCMScheduler:
@@ -139,7 +153,8 @@ class SCMScheduler:
             model_output: sigma_data * F (B,C,H,W), fp32.
             timestep: an entry of `self.timesteps` but the last; a batch of it is taken by its first.
             sample: x_t (B,C,H,W) in data space, fp32.
-            generator: where the fresh noise comes from, see `noise.draw_noise`.
+            generator: where the fresh noise comes from, see `noise.draw_noise`. As published it draws after the last step
+                too, where noise has no effect, so that several loops may share a generator.
             return_dict: False for a plain tuple.
 
         Raises:
@@ -147,10 +162,8 @@ class SCMScheduler:
         """
         t, t_next = self._times_at(timestep)
         clean = to_clean(sample, model_output, angles(t, sample))
-        previous = clean
-        if t_next > 0:
-            noise = draw_noise(clean.shape, generator, device=clean.device) * self.config.sigma_data
-            previous = add_noise(clean, noise, angles(t_next, clean))
+        noise = draw_noise(clean.shape, generator, device=clean.device) * self.config.sigma_data
+        previous = add_noise(clean, noise, angles(t_next, clean)) if t_next > 0 else clean
         return SCMSchedulerOutput(previous, clean) if return_dict else (previous, clean)
 
     def _times_at(self, timestep: float | Tensor) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Ending a call early: a function `should_stop`, asked between pieces of work."""
+"""Ending a call early: without a result, by a function `should_stop`, or with what the last step gave, by `Interrupt`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ ShouldStop = Callable[[], bool]
 
 class Stopped(Exception):  # noqa: N818  (no error: the caller asked for it)
     """A call ended early because its `should_stop` returned True."""
+
+
+class Interrupt(Exception):  # noqa: N818  (no error either)
+    """Raised after a step of a sampler: no more steps, and the clean estimate of this one is the result."""
 
 
 def stop_if(should_stop: ShouldStop | None) -> None:

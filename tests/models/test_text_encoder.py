@@ -14,6 +14,7 @@ from sana_sprint.backends.prompt_cache import CachedPromptEncoder
 from sana_sprint.models.text_encoder import PromptEncoder
 from sana_sprint.prompts import COMPLEX_HUMAN_INSTRUCTION
 from tests.helpers.text import (
+    FP32_ATOL,
     INSTRUCTION,
     PROMPTS,
     assert_equals_reference,
@@ -72,6 +73,12 @@ def test_equals_the_diffusers_pipeline(encoder, instruction, length):
     )
     ours = encoder.encode(PROMPTS, max_sequence_length=length, complex_human_instruction=instruction)
     assert_equals_reference(ours, (embeds, mask.bool()))
+    # With padding it is the same at every position, the padding's included.
+    full = encoder.encode(
+        PROMPTS, max_sequence_length=length, complex_human_instruction=instruction, pad=True
+    )
+    assert torch.equal(full.mask, mask.bool())
+    torch.testing.assert_close(full.embeds, embeds, atol=FP32_ATOL, rtol=0)
 
 
 # How the joined text is merged -> how many of the instruction's tokens stay usable.

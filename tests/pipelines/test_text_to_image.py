@@ -23,6 +23,7 @@ from tests.helpers.pipeline import (
     seeded,
     tiny_pipeline,
 )
+from tests.helpers.text import FP32_ATOL
 
 
 @pytest.fixture(scope="module")
@@ -83,16 +84,30 @@ def test_captions_are_projected_once_per_call(pipe, monkeypatch):
 
 def test_embeddings_can_replace_the_prompt(pipe):
     embeds, mask = pipe.encode_prompt([PROMPT, LONG], complex_human_instruction=["Describe: "])
-    assert mask.dtype == torch.bool
-    assert embeds.shape[:2] == mask.shape
+    assert embeds.shape[:2] == mask.shape == (2, 300)
     from_embeds = pipe(prompt_embeds=embeds, prompt_attention_mask=mask, seed=3)
     from_text = pipe([PROMPT, LONG], complex_human_instruction=["Describe: "], seed=3)
     assert_same_pictures(from_embeds.images, from_text.images)
-    # What is masked does not count, as with the published padding to 300 tokens.
-    padded = torch.cat([embeds, torch.ones(2, 5, embeds.shape[-1])], dim=1)
-    longer = torch.cat([mask, torch.zeros(2, 5, dtype=torch.bool)], dim=1).long()
-    padded_images = pipe(prompt_embeds=padded, prompt_attention_mask=longer, seed=3).images
-    assert_same_pictures(padded_images, from_text.images)
+    # What is masked does not count, and masks may be of any number type.
+    noisy = torch.where(mask[..., None] == 1, embeds, torch.ones_like(embeds))
+    noisy_images = pipe(prompt_embeds=noisy, prompt_attention_mask=mask.bool(), seed=3).images
+    assert_same_pictures(noisy_images, from_text.images)
+
+
+def test_encode_prompt_with_the_padding_that_is_needed_only(pipe):
+    """The unpadded form runs fewer tokens; it differs from the padded one where nothing looks."""
+    arguments = {"complex_human_instruction": ["Describe: "]}
+    whole, whole_mask = pipe.encode_prompt([PROMPT, LONG], **arguments)
+    embeds, mask = pipe.encode_prompt([PROMPT, LONG], padding="longest", **arguments)
+    length = int(whole_mask.sum(1).max())
+    assert embeds.shape[:2] == mask.shape == (2, length)
+    assert torch.equal(mask, whole_mask[:, :length])
+    used = mask.bool()
+    torch.testing.assert_close(embeds[used], whole[:, :length][used], atol=FP32_ATOL, rtol=0)
+    assert not embeds[~used].any()
+    assert whole[:, length:].any()  # as published, not zeros
+    with pytest.raises(ValueError, match="'longest_first'"):
+        pipe.encode_prompt(PROMPT, padding="longest_first")
 
 
 def test_encode_prompt_repeats_embeddings_and_mask_alike(pipe):
@@ -195,19 +210,29 @@ def test_a_generator_per_image_equals_its_seed(pipe):
     assert_same_pictures(output.images, pipe(PROMPT, num_images_per_prompt=2, seed=5).images)
 
 
-@pytest.mark.parametrize(("steps", "draws"), [(1, 1), (2, 2), (4, 4)])
-def test_no_noise_is_drawn_after_the_last_step(pipe, steps, draws):
-    """The published scheduler draws once more, which only moves the generator on."""
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_a_generator_draws_as_often_as_published(pipe, steps):
+    """Once at the start and once in each step: also after the last one, where it only moves the generator on."""
     generator, expected = seeded(), seeded()
     pipe(PROMPT, steps, generator=generator)
-    for _ in range(draws):
+    for _ in range(1 + steps):
         torch.randn(1, 4, 8, 8, generator=expected)
     assert torch.equal(generator.get_state(), expected.get_state())
 
 
-def test_the_global_generator_is_left_alone(pipe):
+def test_random_seeds_follow_the_global_generator(pipe):
+    torch.manual_seed(3)
+    first, second = pipe(PROMPT), pipe(PROMPT)
+    assert first.seeds != second.seeds  # equal once in 2**32 runs
+    torch.manual_seed(3)
+    assert pipe(PROMPT).seeds == first.seeds
+    assert_same_pictures(pipe(PROMPT, seed=first.seeds[0]).images, first.images)
+
+
+def test_given_seeds_leave_the_global_generator_alone(pipe):
     state = torch.get_rng_state()
-    pipe(PROMPT)
+    pipe(PROMPT, seed=1)
+    pipe(PROMPT, generator=seeded())
     assert torch.equal(torch.get_rng_state(), state)
 
 

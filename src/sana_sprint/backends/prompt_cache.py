@@ -20,7 +20,7 @@ from sana_sprint.backends.cuda.graphs import CallGraphs
 from sana_sprint.backends.cuda.recorded import graphs_of
 from sana_sprint.backends.weight_cache import all_tensors, weight_version
 from sana_sprint.models.layers import autocast_dtype
-from sana_sprint.models.text_encoder import PromptEncoder, Tokens, padded
+from sana_sprint.models.text_encoder import PromptEncoder, Tokens
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, Gemma2Model, PreTrainedTokenizerBase
@@ -71,9 +71,12 @@ class CachedPromptEncoder(PromptEncoder):
         shared = 0 if _ignores_cache(self.text_encoder) else _num_shared(tokens)
         if not shared:
             return super().run(tokens)
-        new = padded([row[shared:] for row in tokens.rows], self.text_encoder.device)
+        ids, mask = tokens.batch(self.text_encoder.device)
         prefix = self._prefix(tokens.prefix)
-        hidden = self._continued(prefix, shared, new)
+        if mask is None:
+            hidden = self._continued(prefix, shared, ids[:, shared:])
+        else:
+            hidden = continue_prefix(self.text_encoder, prefix, shared, ids[:, shared:], mask)
         bos = prefix.bos.expand(len(tokens.rows), -1, -1)
         return torch.cat([bos, hidden[:, tokens.window.start - shared :]], dim=1)
 
@@ -165,13 +168,18 @@ def stored_prefix(model: Gemma2Model, ids: tuple[int, ...]) -> Prefix:
     return Prefix(tensors["keys"].unbind(), tensors["values"].unbind(), tensors["bos"])
 
 
-def continue_prefix(model: Gemma2Model, prefix: Prefix, length: int, ids: Tensor) -> Tensor:
-    """Hidden states (B,L,D) of tokens (B,L) that follow the prefix's first `length`."""
+def continue_prefix(
+    model: Gemma2Model, prefix: Prefix, length: int, ids: Tensor, seen: Tensor | None = None
+) -> Tensor:
+    """Hidden states (B,L,D) of tokens (B,L) that follow the prefix's first `length`.
+
+    `seen` (B,length+L) is 0 for tokens that no other may see.
+    """
     cache = start_cache(prefix, length, batch_size=len(ids))
     window = model.config.sliding_window
     total = length + ids.shape[1]
-    masks: Any = None
-    if window is None or total <= window:  # every layer sees all that came before
+    masks: Any = seen
+    if seen is None and (window is None or total <= window):  # every layer sees all that came before
         # transformers' own way to this mask copies from the CPU, which a CUDA graph must not.
         lowest = torch.finfo(model.dtype).min
         mask = torch.full((1, 1, ids.shape[1], total), lowest, dtype=model.dtype, device=ids.device)

@@ -162,8 +162,17 @@ def call_arguments(
         **_size_arguments(size),
         **_guidance_arguments(guidance),
         **_time_arguments(steps, max_timesteps, intermediate_timesteps),
-        **({"clean_caption": True} if clean_caption else {}),
+        **_caption_arguments(clean_caption),
     }
+
+
+def _caption_arguments(clean: bool) -> dict[str, Any]:
+    if not clean:
+        return {}
+    from sana_sprint.prompts import clean_caption
+
+    clean_caption("")  # the pipeline would go on without its libraries; a command says that they are missing
+    return {"clean_caption": True}
 
 
 def _size_arguments(text: str | None) -> dict[str, Any]:
@@ -194,19 +203,18 @@ def _time_arguments(steps: int, first: float | None, second: float | None) -> di
             f"--intermediate-timesteps is for 2 steps, not for {steps}", hint="leave it out, or use --steps 2"
         )
     # A second time that is not given moves along with the first, should that come too near.
-    times: dict[str, Any] = {
-        "max_timesteps": PUBLISHED_MAX if first is None else first,
-        "intermediate_timesteps": second,
-    }
+    times: dict[str, Any] = {"max_timesteps": PUBLISHED_MAX if first is None else first}
+    if second is not None:
+        times["intermediate_timesteps"] = second
     hint = "1 to 4 steps are best; times are angles between 0 (the picture) and 1.5708 (pure noise)"
     checked(lambda: schedule(steps, **times), hint=hint)
     return {"num_inference_steps": steps, **times}
 
 
 def _seeds(seed: int, count: int) -> list[int]:
-    from sana_sprint.noise import image_seeds
+    from sana_sprint.noise import image_seeds, system_seed
 
-    wanted = None if seed == options.RANDOM_SEED else seed
+    wanted = system_seed() if seed == options.RANDOM_SEED else seed
     seeds: list[int] = checked(lambda: image_seeds(wanted, count), hint="leave --seed out for a random one")
     return seeds
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,7 @@ class PromptEmbeddings:
     """Encoded prompts, the condition of the image model.
 
     embeds: (B,L,D) in the text encoder's dtype, L the longest prompt of the batch; 0 where `mask` is False.
+        (with `PromptEncoder.encode(pad=True)` the hidden states of padding tokens).
     mask: (B,L) bool, True where there is a token. Position 0 is bos.
     lost_tokens: per prompt (not per row, see `repeat`), the number of tokens cut off at its end.
     """
@@ -65,6 +66,14 @@ class PromptEmbeddings:
         embeds, mask = (x.repeat_interleave(count, dim=0) for x in (self.embeds, self.mask))
         return PromptEmbeddings(embeds, mask, self.lost_tokens)
 
+    def trimmed(self) -> PromptEmbeddings:
+        """Without the last positions where no row has a token; unchanged off the CPU, where asking waits for the device."""
+        if self.mask.device.type != "cpu":
+            return self
+        used = self.mask.any(0).nonzero()
+        length = int(used[-1]) + 1 if len(used) else self.mask.shape[1]
+        return PromptEmbeddings(self.embeds[:, :length], self.mask[:, :length], self.lost_tokens)
+
     def to(self, device: torch.device | str) -> PromptEmbeddings:
         """The tensors on `device`."""
         return PromptEmbeddings(self.embeds.to(device), self.mask.to(device), self.lost_tokens)
@@ -76,12 +85,26 @@ class Tokens:
 
     rows: each prompt's tokens, after the instruction's. prefix: the instruction's, as far as they lie before the window.
     window: the positions that become embeddings, with position 0. lost: per prompt, how many tokens were cut off.
+    padding: the token that fills every row up to the window's end, seen by no token; None: rows end where they end.
     """
 
     rows: list[list[int]]
     prefix: tuple[int, ...]
     window: TokenWindow
     lost: tuple[int, ...]
+    padding: int | None = None
+
+    def batch(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """The rows as one tensor (B,L), and the mask (B,L) of tokens that may be seen, for rows with padding only.
+
+        Without a mask the shorter rows have zeros behind: in a causal model no token sees what comes after it.
+        """
+        if self.padding is None:
+            return padded(self.rows, device), None
+        end = self.window.end
+        ids = [[*row, *[self.padding] * (end - len(row))] for row in self.rows]
+        lengths = torch.tensor([len(row) for row in self.rows])
+        return padded(ids, device), send((torch.arange(end) < lengths[:, None]).long(), device)
 
 
 class PromptEncoder:
@@ -98,6 +121,7 @@ class PromptEncoder:
         max_sequence_length: int = DEFAULT_MAX_SEQUENCE_LENGTH,
         complex_human_instruction: Sequence[str] | None = None,
         clean_caption: bool = False,
+        pad: bool = False,
     ) -> PromptEmbeddings:
         """Encode a batch; the same, at unmasked positions, as the published pipeline's padded encoding.
 
@@ -106,6 +130,7 @@ class PromptEncoder:
             max_sequence_length: embeddings per prompt at most, at least 2.
             complex_human_instruction: lines put before every prompt; None or empty for none.
             clean_caption: clean the prompts with `prompts.clean_caption` instead of only lower-casing them.
+            pad: fill up to `max_sequence_length` and encode the padding too, which takes longer: the same at all positions.
 
         Raises:
             ValueError: for a string instead of a sequence, no prompts, a bad length, a tokenizer that gives
@@ -118,10 +143,12 @@ class PromptEncoder:
         _refuse_fp16(autocast_dtype(self.text_encoder.device))
         texts = [normalise_prompt(prompt, clean=clean_caption) for prompt in prompts]
         tokens = self._tokenise(texts, join_instruction(complex_human_instruction), max_sequence_length)
+        if pad:
+            tokens = replace(tokens, padding=self.tokenizer.pad_token_id or 0)
         num_tokens = tuple(tokens.window.num_kept(len(row)) for row in tokens.rows)
         embeds = self.run(tokens)
         mask = send(torch.arange(embeds.shape[1]) < torch.tensor(num_tokens)[:, None], embeds.device)
-        if min(num_tokens) < max(num_tokens):
+        if not pad and min(num_tokens) < max(num_tokens):
             embeds = embeds.masked_fill(~mask[..., None], 0.0)
         return PromptEmbeddings(
             embeds=embeds,
@@ -156,10 +183,9 @@ class PromptEncoder:
     # ----- the model ----------------------------------------------------------------------------------------
 
     def run(self, tokens: Tokens) -> Tensor:
-        """Hidden states (B,L,D) of position 0 and of the window, rows right-padded to the longest."""
-        ids = padded(tokens.rows, self.text_encoder.device)
-        # No attention mask: in a causal model no token sees the padding behind it, whatever that holds.
-        hidden = self.text_encoder(input_ids=ids, use_cache=False).last_hidden_state
+        """Hidden states (B,L,D) of position 0 and of the window, rows right-padded to the longest or to the window."""
+        ids, mask = tokens.batch(self.text_encoder.device)
+        hidden = self.text_encoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         return torch.cat([hidden[:, :1], hidden[:, tokens.window.start :]], dim=1)
 
 

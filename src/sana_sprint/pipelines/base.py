@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from sana_sprint import backends
-from sana_sprint.backends.prompt_cache import CachedPromptEncoder
 from sana_sprint.models.autoencoder import AutoencoderDC
 from sana_sprint.models.text_encoder import PromptEncoder
 from sana_sprint.models.transformer import SanaTransformer2DModel
 from sana_sprint.pipelines.acceleration import AccelerationMethods
-from sana_sprint.pipelines.inputs import check_count
 from sana_sprint.pipelines.loading import DeviceMap, DtypeRequest, load_components, save_components
 from sana_sprint.pipelines.lora import LoraMethods
+from sana_sprint.pipelines.prompting import PromptMethods
+from sana_sprint.pipelines.published import PublishedMethods
 from sana_sprint.pipelines.quantized import check_move, quantize_components
-from sana_sprint.pipelines.text import Prompts
+from sana_sprint.pipelines.running import CallAttributes
 from sana_sprint.precision import check_dtype, parse_dtype
-from sana_sprint.prompts import DEFAULT_MAX_SEQUENCE_LENGTH
 from sana_sprint.quantize import parse_request
 from sana_sprint.resolutions import native_size
 from sana_sprint.scheduler import SCMScheduler
@@ -38,8 +37,10 @@ if TYPE_CHECKING:
 DEFAULT_COMPRESSION = 32  # pixels per latent cell when there is no autoencoder to ask, as published
 
 
-class BasePipeline(LoraMethods, AccelerationMethods):
+class BasePipeline(PromptMethods, CallAttributes, PublishedMethods, LoraMethods, AccelerationMethods):
     """Holds components and changes nothing about them in a call, so threads may share a pipeline and its components.
+
+    Beside its components a pipeline keeps the numbers of its calls, each apart (`CallAttributes`).
 
     A component may be None; a call or method that needs it then raises a ValueError naming it.
     """
@@ -73,6 +74,8 @@ class BasePipeline(LoraMethods, AccelerationMethods):
             setattr(self, name, component)
         self._progress_settings: dict[str, Any] = {}
         self._encoder: PromptEncoder | None = None
+        self._calls = {}
+        self._last_call = None
         self._gives_back = False
         # The words that a small model was taught, from its folder; None if that does not say.
         self.vocabulary: Vocabulary | None = None
@@ -80,6 +83,8 @@ class BasePipeline(LoraMethods, AccelerationMethods):
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, nn.Module):  # a component: the default speed
             backends.apply(value)
+        if name == "scheduler" and value is not None:
+            value = SCMScheduler.taken_from(value)
         super().__setattr__(name, value)
 
     # ----- making one -------------------------------------------------------------------------------------------------
@@ -133,6 +138,9 @@ class BasePipeline(LoraMethods, AccelerationMethods):
             local_files_only=local_files_only,
         )
         presets = parse_request(quantization_config, cls.component_names)
+        scheduler = components.get("scheduler")
+        if scheduler is not None and not isinstance(scheduler, str | os.PathLike):
+            SCMScheduler.taken_from(scheduler)  # refused before gigabytes are read, not after
         pipeline = cls(
             **load_components(
                 folder,
@@ -318,58 +326,14 @@ class BasePipeline(LoraMethods, AccelerationMethods):
         self.need("vae")
         self.vae.disable_tiling()
 
-    # ----- prompts ----------------------------------------------------------------------------------------------------
-
-    @property
-    def prompt_encoder(self) -> PromptEncoder | None:
-        """The tokenizer and text encoder at work; None if either is missing."""
-        if any(self.components[name] is None for name in ("tokenizer", "text_encoder")):
-            return None
-        encoder = self._encoder
-        if (
-            encoder is None
-            or encoder.tokenizer is not self.tokenizer
-            or encoder.text_encoder is not self.text_encoder
-        ):
-            encoder = self._encoder = CachedPromptEncoder(self.tokenizer, self.text_encoder)
-        return encoder
-
-    @torch.no_grad()
-    def encode_prompt(
-        self,
-        prompt: str | list[str] | None,
-        num_images_per_prompt: int = 1,
-        device: torch.device | str | None = None,
-        prompt_embeds: Tensor | None = None,
-        prompt_attention_mask: Tensor | None = None,
-        clean_caption: bool = False,
-        max_sequence_length: int = DEFAULT_MAX_SEQUENCE_LENGTH,
-        complex_human_instruction: Sequence[str] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Text embeddings (B,L,D) and mask (B,L), True = a token, for the pipeline's arguments of these names.
-
-        B is the number of prompts times `num_images_per_prompt`, each prompt's rows together. L is the longest prompt,
-        without padding to `max_sequence_length`. `device` defaults to the pipeline's.
-
-        Raises:
-            ValueError: as the call does.
-        """
-        text = Prompts(prompt, prompt_embeds, prompt_attention_mask).encode(
-            self.prompt_encoder,
-            clean_caption=clean_caption,
-            max_sequence_length=max_sequence_length,
-            complex_human_instruction=complex_human_instruction,
-        )
-        repeats = check_count("num_images_per_prompt", num_images_per_prompt)
-        rows = text.repeat(repeats).to(self.device if device is None else device)
-        return rows.embeds, rows.mask
-
     # ----- progress ---------------------------------------------------------------------------------------------------
 
     def set_progress_bar_config(self, **settings: Any) -> None:
         """Settings of tqdm's progress bar, such as `disable=True`. It shows on stderr if that is a terminal."""
         self._progress_settings = settings
 
-    def progress_bar(self, total: int) -> tqdm[Any]:
-        """A bar for `total` steps."""
-        return tqdm(total=total, **{"disable": None, **self._progress_settings})
+    def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> tqdm[Any]:
+        """A bar over `iterable`, or one for `total` steps."""
+        if (iterable is None) == (total is None):
+            raise ValueError(f"give either iterable or total; got: {iterable!r} and {total!r}")
+        return tqdm(iterable, total=total, **{"disable": None, **self._progress_settings})

@@ -14,16 +14,22 @@ from sana_sprint.pipelines.denoise import Conditioning
 # callback(pipeline, step index, time, tensors) -> tensors to go on with, or None
 StepCallback = Callable[[Any, int, Tensor, dict[str, Tensor]], Mapping[str, Tensor] | None]
 
-CALLBACK_TENSORS = ("latents", "prompt_embeds")
+EMBEDS = "prompt_embeds"
+CALLBACK_TENSORS = ("latents", EMBEDS)
 
 
-def check_tensor_inputs(names: Sequence[str]) -> None:
-    """Raise ValueError unless all are names of tensors that a callback can get."""
+def tensor_inputs(callback: StepCallback | None, names: Sequence[str]) -> Sequence[str]:
+    """The names of a callback's tensors: its own `tensor_inputs`, which published callback objects have, or `names`.
+
+    Raises ValueError unless all are names of tensors that a callback can get.
+    """
+    names = getattr(callback, "tensor_inputs", names)
     if isinstance(names, str) or not all(name in CALLBACK_TENSORS for name in names):
         raise ValueError(
             f"callback_on_step_end_tensor_inputs must be a list of names out of {', '.join(CALLBACK_TENSORS)}; "
             f"got: {names!r}"
         )
+    return names
 
 
 @dataclass
@@ -40,7 +46,7 @@ class StepHook:
     sigma_data: float
 
     def __call__(self, i: int, t: float, u: Tensor) -> Tensor | None:
-        tensors = {"latents": u * self.sigma_data, "prompt_embeds": self.conditioning.text.embeds}
+        tensors = {"latents": u * self.sigma_data, EMBEDS: self.conditioning.text.embeds}
         changed = self.callback(
             self.pipeline, i, torch.tensor(t), {name: tensors[name] for name in self.names}
         )
@@ -57,6 +63,6 @@ class StepHook:
                     f"callback_on_step_end returned {name} of shape {tuple(tensor.shape)}; "
                     f"expected {tuple(tensors[name].shape)}"
                 )
-        if "prompt_embeds" in changed:
-            self.conditioning.replace_text(changed["prompt_embeds"])
+        if EMBEDS in changed:
+            self.conditioning.replace_text(changed[EMBEDS])
         return changed["latents"].to(u) / self.sigma_data if "latents" in changed else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +14,7 @@ from sana_sprint.noise import draw_noise
 from sana_sprint.pipelines.inputs import Generators
 from sana_sprint.pipelines.start import Start
 from sana_sprint.precision import check_finite, send
-from sana_sprint.sampling import Sampler, consistency
+from sana_sprint.sampling import OnStep, Sampler, consistency
 from sana_sprint.stopping import ShouldStop
 from sana_sprint.trigflow import flow_denoiser
 
@@ -60,7 +59,8 @@ class Conditioning:
         """From one row of text per prompt, with `repeats` images each, and one guidance scale per image."""
         device = transformer.device
         text = text.to(device)
-        context = transformer.encode_caption(text.embeds, text.mask)
+        used = text.trimmed()
+        context = transformer.encode_caption(used.embeds, used.mask)
         return cls(
             transformer=transformer,
             text=text.repeat(repeats),
@@ -71,7 +71,8 @@ class Conditioning:
     def replace_text(self, embeds: Tensor) -> None:
         """Continues with other embeddings (B,L,D) under the same mask."""
         self.text = replace(self.text, embeds=embeds.to(self.transformer.device))
-        self.context = self.transformer.encode_caption(self.text.embeds, self.text.mask)
+        used = self.text.trimmed()
+        self.context = self.transformer.encode_caption(used.embeds, used.mask)
         self.controls = tuple(
             replace(
                 control,
@@ -84,7 +85,7 @@ class Conditioning:
 
     def control_captions(self, controlnet: SanaControlNetModel, repeats: int) -> CaptionContext:
         """The captions' keys and values in a branch, made once for each prompt, which has `repeats` rows of text."""
-        text = self.text
+        text = self.text.trimmed()
         context = controlnet.encode_control_caption(
             self.transformer, text.embeds[::repeats], text.mask[::repeats]
         )
@@ -111,11 +112,15 @@ def denoise(
     start: Start,
     generators: Generators,
     *,
-    on_step: Callable[[int, float, Tensor], Tensor | None],
+    on_step: OnStep,
+    draws_after_last: bool = False,
     should_stop: ShouldStop | None = None,
     sampler: Sampler = consistency,
 ) -> Tensor:
-    """Clean latents (B,C,h,w) of unit variance, in fp32 whatever the weights are.
+    """Clean latents (B,C,h,w) of unit variance, in fp32 whatever the weights are: the clean estimate of the last step.
+
+    With `draws_after_last` the generators also draw after the last step, for nothing, as the published scheduler does: the
+    caller's next call then gets the noise that it would get there.
 
     Raises:
         NonFiniteError: naming the step.
@@ -124,14 +129,19 @@ def denoise(
     num_steps = len(start.times) - 1
     u = check_finite(start.u, "latents")
 
+    def draw() -> Tensor:
+        return draw_noise(u.shape, generators, device=u.device)
+
     def check_step(i: int, t: float, u: Tensor) -> Tensor | None:
+        if draws_after_last and i == num_steps - 1:
+            draw()
         return on_step(i, t, check_finite(u, f"step {i + 1} of {num_steps}"))
 
     return sampler(
         conditioning.denoise,
         u,
         start.times,
-        draw_noise=lambda: draw_noise(u.shape, generators, device=u.device),
+        draw_noise=draw,
         constrain=start.constrain,
         on_step=check_step,
         should_stop=should_stop,

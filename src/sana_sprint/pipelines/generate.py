@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from sana_sprint.images import resize_to_cover
 from sana_sprint.models.text_encoder import PromptEmbeddings
 from sana_sprint.noise import draw_noise
 from sana_sprint.pipelines.base import BasePipeline
-from sana_sprint.pipelines.callbacks import StepCallback, StepHook, check_tensor_inputs
+from sana_sprint.pipelines.callbacks import CALLBACK_TENSORS, EMBEDS, StepCallback, StepHook, tensor_inputs
 from sana_sprint.pipelines.control import ControlInput
 from sana_sprint.pipelines.denoise import Conditioning, denoise
 from sana_sprint.pipelines.inputs import (
@@ -26,15 +27,19 @@ from sana_sprint.pipelines.inputs import (
 )
 from sana_sprint.pipelines.latents import decode
 from sana_sprint.pipelines.output import Pictures, SanaSprintOutput, check_output_type, convert
+from sana_sprint.pipelines.running import RunningCall
 from sana_sprint.pipelines.start import MakeStart, Start, from_noise
 from sana_sprint.pipelines.text import Prompts
 from sana_sprint.precision import check_dtype, dtype_name, finite_checks_later
 from sana_sprint.resolutions import Size, plan_size
 from sana_sprint.sampling import schedule
+from sana_sprint.stopping import Interrupt
 
 
 class SprintPipeline(BasePipeline):
     """A pipeline whose calls differ in their start and their controls only; subclasses add `__call__` with its arguments."""
+
+    _callback_tensor_inputs: ClassVar[list[str]] = list(CALLBACK_TENSORS)
 
     def _generate(
         self,
@@ -54,7 +59,8 @@ class SprintPipeline(BasePipeline):
         self.need("transformer", "scheduler", *(["vae"] if call.output_type != "latent" or controls else []))
         self._check_dtypes()
         check_output_type(call.output_type)
-        check_tensor_inputs(call.callback_on_step_end_tensor_inputs)
+        callback = call.callback_on_step_end
+        names = tensor_inputs(callback, call.callback_on_step_end_tensor_inputs)
         transformer = self._transformer_at(call.attention_kwargs)
         prompts = Prompts(call.prompt, call.prompt_embeds, call.prompt_attention_mask)
         repeats = check_count("num_images_per_prompt", call.num_images_per_prompt)
@@ -71,13 +77,17 @@ class SprintPipeline(BasePipeline):
         shape = self._latent_shape(plan, call.latents)
         prepared = [control.prepare(plan) for control in controls]
         make_start = prepare_start(plan)
-        with self._computing(shape[0] * size.model_pixels, call.callback_on_step_end):
-            text = self._encode(prompts, call)
+        running = RunningCall(call.guidance_scale, call.attention_kwargs, plan.num_steps)
+        with self._computing(shape[0] * size.model_pixels, callback), self._running(running):
+            text = self._encode(prompts, call, pad=callback is not None and EMBEDS in names)
             noise = self._noise(call.latents, shape, generators)  # while a GPU encodes text
             start = make_start(noise, times)
             conditioning = Conditioning.of(transformer, text, repeats, guidance)
             conditioning.controls = tuple(control.encode(conditioning, repeats) for control in prepared)
-            u0 = self._denoise(conditioning, start, generators, call)
+            hook: StepHook | None = None
+            if callback is not None:
+                hook = StepHook(callback, self, names, conditioning, self.scheduler.config.sigma_data)
+            u0 = self._denoise(conditioning, start, generators, call, running, hook)
             self._give_back("transformer", "controlnet")
             pixels = None if call.output_type == "latent" else decode(self.vae, u0, call.should_stop)
         images: Pictures | Tensor = u0
@@ -88,7 +98,7 @@ class SprintPipeline(BasePipeline):
             images,
             size,
             seeds=seeds,
-            times=start.times,
+            times=(*start.times[: running.steps_done], 0.0),
             guidance=guidance,
             dtype=dtype_name(self.dtype),
             lost_tokens=text.lost_tokens,
@@ -105,9 +115,13 @@ class SprintPipeline(BasePipeline):
         ):
             yield
 
-    def _encode(self, prompts: Prompts, call: Call) -> PromptEmbeddings:
+    def _encode(self, prompts: Prompts, call: Call, pad: bool) -> PromptEmbeddings:
         text = prompts.encode(
-            self.prompt_encoder, call.clean_caption, call.max_sequence_length, call.complex_human_instruction
+            self.prompt_encoder,
+            call.clean_caption,
+            call.max_sequence_length,
+            call.complex_human_instruction,
+            pad,
         )
         self._give_back("text_encoder")
         return text
@@ -142,17 +156,30 @@ class SprintPipeline(BasePipeline):
         return latents.to(device, torch.float32)
 
     def _denoise(
-        self, conditioning: Conditioning, start: Start, generators: Generators, call: Call
+        self,
+        conditioning: Conditioning,
+        start: Start,
+        generators: Generators,
+        call: Call,
+        running: RunningCall,
+        hook: StepHook | None,
     ) -> Tensor:
-        hook: StepHook | None = None
-        if call.callback_on_step_end is not None:
-            names = call.callback_on_step_end_tensor_inputs
-            sigma_data = self.scheduler.config.sigma_data
-            hook = StepHook(call.callback_on_step_end, self, names, conditioning, sigma_data)
-        with self.progress_bar(len(start.times) - 1) as bar:
+        """Clean latents of the steps that are made before the call ends or is interrupted."""
+        with self.progress_bar(total=len(start.times) - 1) as bar:
 
             def on_step(i: int, t: float, u: Tensor) -> Tensor | None:
                 bar.update()
-                return None if hook is None else hook(i, t, u)
+                changed = None if hook is None else hook(i, t, u)
+                running.steps_done = i + 1
+                if running.interrupt:
+                    raise Interrupt
+                return changed
 
-            return denoise(conditioning, start, generators, on_step=on_step, should_stop=call.should_stop)
+            return denoise(
+                conditioning,
+                start,
+                generators,
+                on_step=on_step,
+                draws_after_last=call.generator is not None,
+                should_stop=call.should_stop,
+            )

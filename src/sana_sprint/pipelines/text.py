@@ -11,7 +11,9 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
+from sana_sprint import prompts
 from sana_sprint.models.text_encoder import PromptEmbeddings, PromptEncoder
+from sana_sprint.notices import warn_once
 from sana_sprint.precision import check_finite
 
 logger = logging.getLogger(__name__)
@@ -62,8 +64,12 @@ class Prompts:
         clean_caption: bool,
         max_sequence_length: int,
         complex_human_instruction: Sequence[str] | None,
+        pad: bool = False,
     ) -> PromptEmbeddings:
         """One row per prompt. A prompt that does not fit its window is cut, counted and logged as a warning.
+
+        With `pad`, text is encoded at its full length, see `PromptEncoder.encode`; embeddings stay as they are. Without the
+        libraries of `clean_caption` text is not cleaned, as published, which is logged once.
 
         Raises:
             ValueError: as `PromptEncoder.encode` does, and if there is text but no encoder.
@@ -75,12 +81,14 @@ class Prompts:
             )
         if encoder is None:
             raise ValueError("this pipeline was made without text encoder or tokenizer: give prompt_embeds")
+        clean_caption = clean_caption and _can_clean()
         with _LOCKS.setdefault(encoder.tokenizer, threading.Lock()):
             found = encoder.encode(
                 self.texts,
                 max_sequence_length=max_sequence_length,
                 complex_human_instruction=complex_human_instruction,
                 clean_caption=clean_caption,
+                pad=pad,
             )
         for i, lost in enumerate(found.lost_tokens):
             if lost:
@@ -89,6 +97,15 @@ class Prompts:
                 )
         check_finite(found.embeds, "the text encoder")
         return found
+
+
+def _can_clean() -> bool:
+    try:
+        prompts.clean_caption("")
+    except ImportError as error:
+        warn_once(logger, f"prompts are not cleaned: {error}")
+        return False
+    return True
 
 
 def _check_texts(texts: list[Any]) -> None:

@@ -22,38 +22,44 @@ __all__ = ["SanaSprintOutput", "SanaSprintPipeline"]
 class SanaSprintPipeline(SprintPipeline):
     """Draws pictures from text in 1 to 4 (or more) network evaluations.
 
-    Calls change nothing about the pipeline or its components, so several threads may call at once.
+    Calls change nothing about the pipeline or its components, so several threads may call at once. `guidance_scale`,
+    `attention_kwargs`, `num_timesteps`, `interrupt` and `_interrupt` belong to a call, see `CallAttributes`.
 
     Arguments of a call, in the published order:
         prompt: a string or a list of strings. An empty string is allowed (no text).
         num_inference_steps: network evaluations, from 1 up.
         timesteps: TrigFlow angles instead, falling, in [0, 1.5708]; a final 0 may be left out. They decide the number
-            of steps; the next two arguments are then not used.
+            of steps, and the next two arguments cannot be given along.
         max_timesteps: the first angle.
-        intermediate_timesteps: the second of two angles. Not used for other numbers of steps.
+        intermediate_timesteps: the second of two angles, or None for equal distances in any number of steps, as published.
+            Left out, steps other than 2 have the paper's times. docs/math.md has a table of all cases.
         guidance_scale: one number, one per prompt or one per image; the model was distilled with 4 to 5. None for a
             transformer without guidance embedding.
         num_images_per_prompt: all images of the first prompt come first.
         height, width: of the pictures, in pixels; the model's native size by default.
         eta: accepted, without effect (the published pipeline has it for other samplers).
-        generator: one for the whole batch, as published, or one per image. Instead of `seed`.
+        generator: one for the whole batch, as published, or one per image. Instead of `seed`. It draws as often as in the
+            published pipeline, so that several calls with one generator give the same pictures there and here.
         latents: initial noise (B,C,h,w) of unit variance, where h and w are the model's size over `vae_scale_factor`.
         prompt_embeds, prompt_attention_mask: embeddings (prompts,L,D) and mask (prompts,L) instead of `prompt`.
         output_type: "pil", "np", "pt" or "latent", see `SanaSprintOutput`.
         return_dict: False gives the tuple `(images,)`.
-        clean_caption: remove markup, links and odd characters from the prompts, as for captions from the web; needs ftfy and
-            beautifulsoup4.
+        clean_caption: remove markup, links and odd characters from the prompts, as for captions from the web; without ftfy and
+            beautifulsoup4 the prompts stay as they are, as published, which is logged once.
         use_resolution_binning: draw at the trained size of the nearest aspect ratio, then resize and crop. False
             draws the size itself, which must be a multiple of the pixels per token.
         attention_kwargs: {"scale": x} multiplies the loaded LoRAs by x in this call; the weights for the last x are kept.
         callback_on_step_end: called after each step as `callback(pipeline, i, t, tensors)`; may return a dict of
-            tensors to continue with. An exception it raises ends the call.
+            tensors to continue with. After the last step they have no effect, as published. `pipeline._interrupt = True`
+            ends the call after this step, with the picture as it then is; an exception ends it without one.
         callback_on_step_end_tensor_inputs: the names in `tensors`: "latents" (B,C,h,w), as published in data space (half
-            of unit variance), and "prompt_embeds" (B,L,D), one row per image.
+            of unit variance), and "prompt_embeds" (B,max_sequence_length,D), one row per image. A callback object's own
+            `tensor_inputs` take precedence.
         max_sequence_length: text tokens per prompt at most. A longer prompt is cut, which is logged and reported.
         complex_human_instruction: lines put before every prompt; the published ones by default, None for none.
-        seed: a number, for image i of the batch seed + i, or one per image. Random, and reported, if neither this nor
-            `generator` is given. Image i is the same picture whether it is made alone or in a batch.
+        seed: a number, for image i of the batch seed + i, or one per image. If neither this nor `generator` is given, it is
+            drawn from torch's global generator (so `torch.manual_seed` makes a call repeatable) and reported. Image i is
+            the same picture whether it is made alone or in a batch.
         should_stop: asked before each step, each tile and each picture that is decoded. If it returns True, the call ends
             with `sana_sprint.Stopped`.
 

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from sana_sprint.controls import check_kind
-from sana_sprint.noise import check_seed, image_seeds
+from sana_sprint.noise import check_seed, image_seeds, system_seed
 from sana_sprint.resolutions import Size
 
 logger = logging.getLogger(__name__)
@@ -152,7 +152,7 @@ class Job:
         self.id = secrets.token_hex(12)
         self.request = request
         self.has_image = request.image is not None
-        self.seeds = tuple(image_seeds(request.seed, request.n))
+        self.seeds = tuple(image_seeds(system_seed() if request.seed is None else request.seed, request.n))
         self.submitted = time.monotonic()
         self.future: Future[Result] = Future()
         self.position = 0
