@@ -66,7 +66,7 @@ def test_a_native_size_that_is_no_multiple_is_an_error(native, multiple):
 
 
 def check_exact(height: int, width: int, native: int, multiple: int) -> None:
-    """The cut-out lies inside the resized picture, which covers it and is at most one pixel more than it has to be."""
+    """The cut-out lies inside the resized picture, whose sides are scaled alike and rounded down."""
     size = plan_size(height, width, native=native, multiple=multiple)
     assert (size.height, size.width) == (height, width)
     plan = cover(size.model_height, size.model_width, height, width)
@@ -74,8 +74,8 @@ def check_exact(height: int, width: int, native: int, multiple: int) -> None:
     assert plan.top + height <= plan.height
     assert plan.left + width <= plan.width
     scale = max(height / size.model_height, width / size.model_width)
-    assert size.model_height * scale - 1e-6 <= plan.height < size.model_height * scale + 1
-    assert size.model_width * scale - 1e-6 <= plan.width < size.model_width * scale + 1
+    assert size.model_height * scale - 1 < plan.height <= size.model_height * scale + 1e-6
+    assert size.model_width * scale - 1 < plan.width <= size.model_width * scale + 1e-6
 
 
 @given(SIDES, SIDES, st.sampled_from([(128, 16), (512, 32), (1024, 32), (2048, 32)]))

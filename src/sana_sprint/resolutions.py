@@ -151,11 +151,11 @@ def _side(name: str, value: int) -> int:
 def cover(height: int, width: int, out_height: int, out_width: int) -> ResizeCrop:
     """The uniform scaling and centre crop with which a picture of (height, width) fills (out_height, out_width).
 
-    In whole numbers: one side fits exactly and the other is rounded up, so that it is never short. (Rounded down, as
-    in the published pipeline, 480x640 comes out one pixel high.)
+    One side fits exactly and the other is rounded down, as published, but in whole numbers: so it is never short. (By the
+    published arithmetic in floats 480x640 comes out one pixel high.)
     """
     if out_height * width >= out_width * height:  # the height decides the scale
-        resized = (out_height, -(-width * out_height // height))
+        resized = (out_height, width * out_height // height)
     else:
-        resized = (-(-height * out_width // width), out_width)
+        resized = (height * out_width // width, out_width)
     return ResizeCrop(*resized, (resized[0] - out_height) // 2, (resized[1] - out_width) // 2)

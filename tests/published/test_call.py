@@ -28,6 +28,16 @@ def test_the_default_picture(folder):
     same(lambda lib, folder: quiet(lib, folder)(PROMPT, generator=seeded()), folder)
 
 
+@pytest.mark.parametrize(("height", "width"), [(1200, 1500), (1111, 1777), (1409, 720)])
+def test_pictures_of_sizes_between_the_buckets(folder, height, width):
+    """Enlarged and cropped. Shrinking is antialiased here, and plain there."""
+
+    def run(lib, folder):
+        return quiet(lib, folder)(PROMPT, height=height, width=width, generator=seeded())
+
+    same(run, folder)
+
+
 def test_prompt_and_embeddings_together_are_refused(folder):
     def both(lib, folder):
         return draw(quiet(lib, folder), prompt_embeds=torch.zeros(1, 2, 32))

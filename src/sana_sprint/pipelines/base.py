@@ -334,6 +334,6 @@ class BasePipeline(PromptMethods, CallAttributes, PublishedMethods, LoraMethods,
 
     def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> tqdm[Any]:
         """A bar over `iterable`, or one for `total` steps."""
-        if (iterable is None) == (total is None):
-            raise ValueError(f"give either iterable or total; got: {iterable!r} and {total!r}")
+        if iterable is None and total is None:
+            raise ValueError("give iterable or total; got: neither")
         return tqdm(iterable, total=total, **{"disable": None, **self._progress_settings})

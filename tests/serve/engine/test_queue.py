@@ -23,6 +23,7 @@ from sana_sprint.serve.engine import (
     Pipelines,
 )
 from sana_sprint.serve.engine.batch import PromptCache
+from sana_sprint.serve.engine.job import Job
 from tests.helpers.serve import WAIT_S, assert_close, emoji, result_of, running_engine, watched_network
 
 POISON = 99.0  # a guidance scale that tests give to the request that is to fail
@@ -57,6 +58,15 @@ def wait_for_state(engine: Engine, state: str) -> None:
 def test_bad_arguments_are_refused_before_there_is_a_job(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong)).removeprefix("control_")):
         ImageRequest(**{"prompt": "a cat", **wrong})
+
+
+def test_random_seeds_differ_between_processes() -> None:
+    """In every new process torch's global generator is the same."""
+    seeds = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        seeds.append(Job(ImageRequest("a cat", n=2)).seeds)
+    assert seeds[0] != seeds[1]  # alike once in 2**32 runs
 
 
 def test_requests_of_one_shape_are_one_batch_of_the_same_pictures() -> None:
