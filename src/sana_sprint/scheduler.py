@@ -61,6 +61,7 @@ class SCMScheduler:
 
     config_name = "scheduler_config.json"
     init_noise_sigma = 1.0  # the published constant; the initial noise is scaled by sigma_data, not by this
+    order = 1  # network evaluations per step
 
     def __init__(
         self,
@@ -73,13 +74,17 @@ class SCMScheduler:
         )
         self.num_inference_steps: int | None = None
         self.timesteps = torch.empty(0)  # until set_timesteps
+        self.begin_index: int | None = None
         self._times: list[float] = []
 
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
     @classmethod
-    def from_config(cls, config: SchedulerConfig | Mapping[str, Any]) -> SCMScheduler:
-        """A scheduler with these settings. Raises ValueError as `SchedulerConfig.from_dict` does."""
+    def from_config(cls, config: SchedulerConfig | Mapping[str, Any], **changes: Any) -> SCMScheduler:
+        """A scheduler with these settings, some of them changed. Raises ValueError as `SchedulerConfig.from_dict` does."""
         values = config.to_dict() if isinstance(config, SchedulerConfig) else config
-        return cls(**SchedulerConfig.from_dict(values).to_dict())
+        return cls(**SchedulerConfig.from_dict({**values, **changes}).to_dict())
 
     @classmethod
     def taken_from(cls, scheduler: Any) -> SCMScheduler:
@@ -138,6 +143,14 @@ class SCMScheduler:
         )
         self.num_inference_steps = len(self._times) - 1
         self.timesteps = torch.tensor(self._times, dtype=torch.float32, device=device)
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Only kept as `begin_index`: `step` finds its place by the time it is given."""
+        self.begin_index = begin_index
+
+    def index_for_timestep(self, timestep: float | Tensor) -> int:
+        """The place of a time among those to step from. Raises ValueError for a time that is none of them."""
+        return self._times.index(self._times_at(timestep)[0])
 
     def step(
         self,

@@ -460,6 +460,24 @@ def test_another_scheduler_is_refused_by_name_when_it_is_passed(folder):
         sana_sprint.SanaSprintPipeline.from_pipe(pipe, scheduler=other)
 
 
+def test_a_loop_by_hand(folder):
+    """As the published pipeline writes it."""
+
+    def run(lib, folder):
+        scheduler, generator = lib.SCMScheduler.from_config({"sigma_data": 0.4}, sigma_data=0.6), seeded()
+        scheduler.set_timesteps(3, max_timesteps=1.5, intermediate_timesteps=None)
+        scheduler.set_begin_index(0)
+        latents = torch.randn(2, 4, 8, 8, generator=generator) * scheduler.config.sigma_data
+        seen = [scheduler.init_noise_sigma, scheduler.order, scheduler.begin_index, len(scheduler)]
+        for t in scheduler.timesteps[:-1]:
+            output = scheduler.step(torch.tanh(latents + t), t, latents, generator=generator)
+            latents = output.prev_sample
+            seen += [scheduler.index_for_timestep(t), latents, output.pred_original_sample, output[1]]
+        return seen
+
+    same(run, folder)
+
+
 def test_the_scheduler_of_diffusers_is_taken_over(folder, tmp_path):
     def run(lib, folder):
         seen = []

@@ -75,6 +75,31 @@ def test_every_public_name_of_the_published_pipeline(folder):
     assert missing == REFUSED | NOT_YET
 
 
+# Of the scheduler: the settings and files of a library's base class, and its count of the steps made, which `step` here
+# does not need.
+NOT_OF_THE_SCHEDULER = {
+    "compatibles",
+    "extract_init_dict",
+    "get_config_dict",
+    "has_compatibles",
+    "ignore_for_config",
+    "load_config",
+    "push_to_hub",
+    "register_for_auto_class",
+    "register_to_config",
+    "save_config",
+    "step_index",
+    "to_json_file",
+    "to_json_string",
+}
+
+
+def test_every_public_name_of_the_published_scheduler():
+    published, ours = diffusers.SCMScheduler(), sana_sprint.SCMScheduler()
+    names = {name for name in {*dir(published), *vars(published)} if not name.startswith("_")}
+    assert {name for name in names if not hasattr(ours, name)} == NOT_OF_THE_SCHEDULER
+
+
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_a_refused_name_says_why(folder, name):
     for owner in (OURS, quiet(sana_sprint, folder)):
