@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.published import table
+
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 FOLDERS = (
     "backends|controls|evaluate|models|pipelines|quantize|sampling|scheduler|serve|train|trigflow|weights"
@@ -34,3 +36,8 @@ def test_dotted_names_in_the_documentation_exist(page: str) -> None:
     text = (DOCS / page).read_text(encoding="utf-8")
     names = {name for name in DOTTED.findall(text) if not name.endswith((".py", ".toml", ".json", ".html"))}
     assert not sorted(name for name in names if not exists(name))
+
+
+def test_the_page_on_published_scripts_has_the_rows_of_today() -> None:
+    text = table.PAGE.read_text(encoding="utf-8")
+    assert table.page(text) == text, "run: python -m tests.published.table"

@@ -14,7 +14,8 @@ A row is a snippet, written as a user of diffusers writes it, with the library a
 * A test that takes the fixture `lib` runs once with each library, for what is asserted and not compared (names, types).
 * `folder` is a pipeline in the published layout that diffusers wrote, with random weights: sample_size 32, compression 32.
   It is shared by all tests: write to `tmp_path` instead. `output_type="latent"` spares the decoding of 1024 pixels.
-* One file per area. Where both cannot do the same, the test says why, next to what each does.
+* One file per area. `python -m tests.published.table` writes all rows into docs/published.md: a test's name is the script, its
+  docstring the note. Where both cannot do the same, the test says why, next to what each does.
 """
 
 import importlib

@@ -41,8 +41,8 @@ ATTENTION = "eager"
 class PromptEmbeddings:
     """Encoded prompts, the condition of the image model.
 
-    embeds: (B,L,D) in the text encoder's dtype, L the longest prompt of the batch; 0 where `mask` is False.
-        (with `PromptEncoder.encode(pad=True)` the hidden states of padding tokens).
+    embeds: (B,L,D) in the text encoder's dtype. L is the longest prompt of the batch, and values are 0 where `mask` is False;
+        from `PromptEncoder.encode(pad=True)` L is the whole window, and the padding has hidden states of its own.
     mask: (B,L) bool, True where there is a token. Position 0 is bos.
     lost_tokens: per prompt (not per row, see `repeat`), the number of tokens cut off at its end.
     """
