@@ -6,7 +6,7 @@ import logging
 import diffusers
 import pytest
 import torch
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback, SDCFGCutoffCallback
 
 import sana_sprint
 from sana_sprint.notices import warn_once
@@ -401,6 +401,27 @@ def test_callback_objects(folder, callback):
         )
 
     same(run, folder)
+
+
+def test_a_published_callback_that_writes_the_guidance_scale(folder):
+    """It is read back, but the picture's guidance was embedded before the first step."""
+
+    def run(lib, folder):
+        pipe = quiet(lib, folder)
+        cut = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0)
+        return draw(pipe, generator=seeded(), callback_on_step_end=cut), pipe.guidance_scale
+
+    _, scale = same(run, folder)
+    assert scale == 0.0
+
+
+def test_no_names_of_tensors(folder):
+    same(
+        lambda lib, folder: draw(
+            quiet(lib, folder), generator=seeded(), callback_on_step_end_tensor_inputs=None
+        ),
+        folder,
+    )
 
 
 def test_unknown_tensors_for_a_callback_are_refused(folder):

@@ -18,12 +18,16 @@ EMBEDS = "prompt_embeds"
 CALLBACK_TENSORS = ("latents", EMBEDS)
 
 
-def tensor_inputs(callback: StepCallback | None, names: Sequence[str]) -> Sequence[str]:
+def tensor_inputs(callback: StepCallback | None, names: Sequence[str] | None) -> Sequence[str]:
     """The names of a callback's tensors: its own `tensor_inputs`, which published callback objects have, or `names`.
+
+    None stands for no names.
 
     Raises ValueError unless all are names of tensors that a callback can get.
     """
     names = getattr(callback, "tensor_inputs", names)
+    if names is None:
+        return ()
     if isinstance(names, str) or not all(name in CALLBACK_TENSORS for name in names):
         raise ValueError(
             f"callback_on_step_end_tensor_inputs must be a list of names out of {', '.join(CALLBACK_TENSORS)}; "

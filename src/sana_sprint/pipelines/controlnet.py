@@ -88,7 +88,7 @@ class SanaSprintControlNetPipeline(SanaSprintPipeline):
         use_resolution_binning: bool = True,
         attention_kwargs: Mapping[str, Any] | None = None,
         callback_on_step_end: StepCallback | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
         max_sequence_length: int = DEFAULT_MAX_SEQUENCE_LENGTH,
         complex_human_instruction: Sequence[str] | None = COMPLEX_HUMAN_INSTRUCTION,
         *,

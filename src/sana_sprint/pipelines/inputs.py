@@ -41,7 +41,7 @@ class Call:
     use_resolution_binning: bool
     attention_kwargs: Mapping[str, Any] | None
     callback_on_step_end: Callable[..., Any] | None
-    callback_on_step_end_tensor_inputs: Sequence[str]
+    callback_on_step_end_tensor_inputs: Sequence[str] | None
     max_sequence_length: int
     complex_human_instruction: Sequence[str] | None
     seed: int | Sequence[int] | None

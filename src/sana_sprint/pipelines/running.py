@@ -40,6 +40,15 @@ class CallAttributes:
         return self._known_call().guidance_scale
 
     @property
+    def _guidance_scale(self) -> Any:
+        return self.guidance_scale
+
+    @_guidance_scale.setter
+    def _guidance_scale(self, value: Any) -> None:
+        # Published callbacks write it, without effect on the picture there too: its guidance is embedded once.
+        self._known_call().guidance_scale = value
+
+    @property
     def attention_kwargs(self) -> Mapping[str, Any] | None:
         """The call's argument."""
         return self._known_call().attention_kwargs
